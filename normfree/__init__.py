@@ -1,0 +1,1 @@
+"""Deep networks without activation normalization, and the tools to see why they work."""

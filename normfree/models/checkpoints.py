@@ -1,0 +1,98 @@
+"""Parameters from the authors' Haiku networks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.models.nf_resnet import NFResNet
+from normfree.models.resnet import ResNet
+from normfree.models.trunk import ResidualNetwork
+
+_BLOCKS = {NFResNet: ("NF_ResNet", "nf_res_block"), ResNet: ("ResNet", "res_block_v2")}
+_PARAMETERS = {"weight": "w", "bias": "bias", "gain": "gain", "skip_gain": "skip_gain"}
+
+
+def load_haiku(
+    model: ResidualNetwork, params: Mapping[str, Any], state: Mapping[str, Any] | None = None
+) -> ResidualNetwork:
+    """Set the parameters of `model` to those of the authors' network, and return it.
+
+    `params` maps "<module path>//<parameter name>" (or is nested, {module path: {parameter name: array}}) to arrays in
+    Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers (1, 1, 1, C). `state` holds the
+    moving averages of BatchNorm in the same form. The authors' gains are constants slightly off the exact ones: build
+    the network with gains="reference" for the same function.
+
+    Raises ValueError that lists everything missing, unexpected or of another shape; the model is then unchanged.
+    """
+    arrays = _flatten(params) | _flatten(state or {})
+    targets = dict(model.named_parameters())
+    if state is not None:
+        targets |= {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    problems, values = [], {}
+    expected = {_haiku_key(model, name): name for name in targets}
+    for key, name in expected.items():
+        if key not in arrays:
+            problems.append(f"missing: {key} (for {name}, shape {tuple(targets[name].shape)})")
+            continue
+        value = _from_haiku(torch.as_tensor(arrays[key]), targets[name])
+        if value.shape != targets[name].shape:
+            problems.append(f"shape: {key} is {tuple(value.shape)} in our layout, {name} {tuple(targets[name].shape)}")
+        values[name] = value
+    ignored = ("//counter", "//hidden")
+    problems += [f"unexpected: {key}" for key in arrays if key not in expected and not key.endswith(ignored)]
+    if problems:
+        raise ValueError(f"these parameters do not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    with torch.no_grad():
+        for name, value in values.items():
+            targets[name].copy_(value)
+    return model
+
+
+def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}//{name}": array for name, array in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _from_haiku(value: Tensor, target: Tensor) -> Tensor:
+    if target.ndim == 4:
+        return value.permute(3, 2, 0, 1) if value.ndim == 4 else value
+    if target.ndim == 2:
+        return value.T
+    return value.flatten() if target.ndim == 1 else value
+
+
+def _haiku_key(model: ResidualNetwork, name: str) -> str:
+    """Haiku's key of our parameter or buffer `name`; blocks are numbered across stages, the first has no suffix."""
+    network, block = _BLOCKS[type(model)]
+    path, _, leaf = name.rpartition(".")
+    parts = path.split(".")
+    inside = f"{network}/~/"
+    if parts[0] == "stages":
+        stage, position = int(parts[1]), int(parts[2])
+        index = sum(len(model.stages[s]) for s in range(stage)) + position  # type: ignore[arg-type]
+        inside += block if index == 0 else f"{block}_{index}"
+        if leaf == "skip_gain":
+            return f"{inside}//skip_gain"
+        inside += "/~/"
+        parts = parts[3:]
+    owner: nn.Module = model.get_submodule(path)
+    layer = {"stem": "initial_conv", "head": "linear", "final": "final_bn", "shortcut": "conv_shortcut"}.get(
+        parts[0], parts[0]
+    )
+    if parts[0] == "gate":
+        return f"{inside}squeeze_excite/~/{'linear' if parts[1] == 'fc0' else 'linear_1'}//{'wb'[leaf == 'bias']}"
+    if isinstance(owner, nn.Linear):
+        return f"{inside}{layer}//{'wb'[leaf == 'bias']}"
+    if isinstance(owner, nn.BatchNorm2d):
+        layer = layer.replace("pre", "bn")
+        if leaf.startswith("running"):
+            return f"{inside}{layer}/~/{leaf.removeprefix('running_')}_ema//average"
+        return f"{inside}{layer}//{'scale' if leaf == 'weight' else 'offset'}"
+    return f"{inside}{layer}//{_PARAMETERS[leaf]}"

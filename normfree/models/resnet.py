@@ -1,0 +1,95 @@
+"""The networks that NF-ResNets are compared with: pre-activation ResNets with BatchNorm, and with nothing."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_resnet, plan_resnet
+from normfree.nn import MaxPool2d, PreActivationBottleneck, SqueezeExcite, make_activation
+from normfree.nn.blocks import init_truncated_normal
+from normfree.nn.conv import SameConv2d
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The arguments of the authors' `ResNet` (pre-activation), and what its ablations need."""
+
+    depths: tuple[int, ...]  # blocks per stage
+    order: Literal["bn_act", "act_bn", "act"] = "bn_act"  # what comes before each convolution; "act": no normalizer
+    width: float = 4  # the stem has 16 · width channels, the stages 64, 128, 256, 512 · width
+    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
+    drop_rate: float = 0.0  # dropout before the classifier
+    stochastic_depth_rate: float = 0.0  # of the last block, growing linearly from 0
+    num_classes: int = 1000  # 0: pooled features
+    in_channels: int = 3
+    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
+    init: Literal["he", "reference"] = "he"  # N(0, 2/fan_in), or the authors' truncated normal of 0.774/fan_in
+
+
+VARIANTS = {
+    name.format(depth): ResNetConfig(depths, order=order)
+    for name, order in (("bn_resnet{}", "bn_act"), ("bn_resnet{}_relu_bn", "act_bn"), ("unnormalized_resnet{}", "act"))
+    for depth, depths in RESNET_DEPTHS.items()
+}
+
+
+class ResNet(ResidualNetwork):
+    """A pre-activation ResNet with BatchNorm in either order, or without; see `ResNetConfig`."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        check_resnet(config)
+        if config.order not in ("bn_act", "act_bn", "act"):
+            raise ValueError(f"order is {config.order!r}; it must be 'bn_act', 'act_bn' or 'act'")
+        if config.init not in ("he", "reference"):
+            raise ValueError(f"init is {config.init!r}; it must be 'he' or 'reference'")
+        stages: list[list[nn.Module]] = [[] for _ in config.depths]
+        channels = int(16 * config.width)
+        stem = nn.Sequential(_conv(config, config.in_channels, channels, 7, stride=2), MaxPool2d(config.padding))
+        for plan in plan_resnet(config.depths, config.width, config.stochastic_depth_rate):
+            channels, inner = plan.out_channels, plan.out_channels // 4
+            projected = plan.stride > 1 or plan.in_channels != channels
+            stages[plan.stage].append(
+                PreActivationBottleneck(
+                    pre=(_pre(config, plan.in_channels), _pre(config, inner), _pre(config, inner)),
+                    conv=(
+                        _conv(config, plan.in_channels, inner, 1),
+                        _conv(config, inner, inner, 3, stride=plan.stride),
+                        _conv(config, inner, channels, 1),
+                    ),
+                    shortcut=_conv(config, plan.in_channels, channels, 1, stride=plan.stride) if projected else None,
+                    gate=SqueezeExcite(channels, config.se_ratio) if config.se_ratio else None,
+                    drop_rate=plan.drop_rate,
+                )
+            )
+        init_std = 0.01 if config.init == "he" else 0.0
+        super().__init__(
+            stem,
+            stages,
+            _pre(config, channels),
+            Head(channels, config.num_classes, drop_rate=config.drop_rate, in_scale=1.0, init_std=init_std),
+        )
+        self.config = config
+        self.default_cfg = {"input_size": (config.in_channels, 224, 224)}
+
+
+def _pre(config: ResNetConfig, channels: int) -> nn.Module:
+    activation = make_activation(config.activation)
+    if config.order == "act":
+        return activation
+    norm = nn.BatchNorm2d(channels)
+    return nn.Sequential(norm, activation) if config.order == "bn_act" else nn.Sequential(activation, norm)
+
+
+def _conv(config: ResNetConfig, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    bias = config.order == "act"  # a normalizer would take it away again
+    padding = "same" if config.padding == "same" else kernel_size // 2
+    conv = SameConv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+    if config.init == "he":
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    else:
+        init_truncated_normal(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv

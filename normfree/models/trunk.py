@@ -1,0 +1,107 @@
+"""What the paper's networks share: the plan of their blocks, and stem → stages → pooled head."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+RESNET_DEPTHS = {
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+    288: (24, 24, 24, 24),
+    600: (50, 50, 50, 50),
+}
+"""Blocks per stage, as in the authors' code; 26 is ours."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What distinguishes one residual block from the next."""
+
+    stage: int
+    in_channels: int
+    out_channels: int
+    stride: int
+    first_in_stage: bool
+    drop_rate: float  # stochastic depth, growing linearly with the block's index
+
+
+def plan_resnet(depths: Sequence[int], width: float, stochastic_depth_rate: float) -> Iterator[BlockPlan]:
+    """The blocks of a ResNet, in execution order: stages of 64, 128, 256, 512 times `width` channels."""
+    channels, index = int(16 * width), 0
+    for stage, depth in enumerate(depths):
+        for position in range(depth):
+            out_channels = int(64 * 2**stage * width)
+            first = position == 0
+            drop_rate = stochastic_depth_rate * index / sum(depths)
+            yield BlockPlan(stage, channels, out_channels, 2 if first and stage > 0 else 1, first, drop_rate)
+            channels, index = out_channels, index + 1
+
+
+def check_resnet(config: "nn.Module | object") -> None:
+    """Raise ValueError for values that no ResNet of this package can have; the message names the field."""
+    bounds = {"drop_rate": (0, 1), "stochastic_depth_rate": (0, 1)}
+    for field, (low, high) in bounds.items():
+        value = getattr(config, field)
+        if not low <= value < high:
+            raise ValueError(f"{field} is {value}; it must be in [{low}, {high})")
+    for field, least in {"num_classes": 0, "in_channels": 1}.items():
+        value = getattr(config, field)
+        if int(value) != value or value < least:
+            raise ValueError(f"{field} is {value}; it must be a whole number of at least {least}")
+    for field in ("width", "se_ratio", "alpha"):
+        value = getattr(config, field, 1)
+        if not (value > 0 or (value == 0 and field != "width")):
+            raise ValueError(f"{field} is {value}; it must be positive")
+    padding = getattr(config, "padding")
+    if padding not in ("same", "symmetric"):
+        raise ValueError(f"padding is {padding!r}; it must be 'same' or 'symmetric'")
+
+
+class Head(nn.Module):
+    """(N, C, H, W) to (N, num_classes): global average, times γ of the last activation, dropout, linear."""
+
+    in_scale: Tensor
+
+    def __init__(self, channels: int, num_classes: int, *, drop_rate: float, in_scale: float, init_std: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        dtype = torch.get_default_dtype()
+        self.register_buffer("in_scale", torch.tensor(in_scale, dtype=torch.promote_types(dtype, torch.float32)))
+        if isinstance(self.fc, nn.Linear):
+            nn.init.normal_(self.fc.weight, std=init_std)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = x.mean((2, 3)) * self.in_scale.to(x.dtype)
+        return pooled if pre_logits else self.fc(self.drop(pooled))
+
+
+class ResidualNetwork(nn.Module):
+    """stem → stages → `final` (the last activation, with a normalizer where the blocks have one) → head.
+
+    Input (N, in_channels, H, W) of any height and width, output (N, num_classes).
+    """
+
+    def __init__(self, stem: nn.Module, stages: Sequence[Sequence[nn.Module]], final: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
+        self.final = final
+        self.head = head
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, C, H/32, W/32): the last activation, before pooling and before its γ."""
+        return self.final(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (N, num_classes), or with `pre_logits` the pooled features (N, C), γ included."""
+        return self.head(x, pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))

@@ -1,0 +1,120 @@
+"""What residual networks are made of besides convolutions: the block, squeeze-excite, stochastic depth, pooling."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.nn.conv import same_padding
+
+
+class SqueezeExcite(nn.Module):
+    """Multiplies each channel by gate_scale · out_scale · skip_gain · sigmoid(fc1(relu(fc0(mean over H, W)))).
+
+    (N, C, H, W) to the same. `out_scale` and `skip_gain` are the branch's α and SkipInit gain: at the end of a branch
+    they are applied here, to (N, C, 1, 1) numbers, rather than to the activations. `gate_scale` is 2 in
+    normalizer-free networks, where the gate's expected value of ½ would otherwise shrink the branch (Brock et al. 2021,
+    section 4.3), and 1 elsewhere. The hidden width is max(1, int(channels · ratio)).
+    """
+
+    out_scale: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        ratio: float,
+        *,
+        gate_scale: float = 1.0,
+        out_scale: float = 1.0,
+        skip_gain: float | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = max(1, int(channels * ratio))
+        self.gate_scale = gate_scale
+        self.fc0 = nn.Linear(channels, hidden)
+        self.fc1 = nn.Linear(hidden, channels)
+        for layer in (self.fc0, self.fc1):
+            init_truncated_normal(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("out_scale", torch.tensor(out_scale, dtype=torch.promote_types(
+            self.fc0.weight.dtype, torch.float32)))  # fmt: skip
+        self.skip_gain = None if skip_gain is None else nn.Parameter(torch.tensor(skip_gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.gate_scale * self.out_scale
+        if self.skip_gain is not None:
+            scale = scale * self.skip_gain
+        gate = torch.sigmoid(self.fc1(F.relu(self.fc0(x.mean((2, 3))))))
+        return x * (gate * scale.to(gate.dtype))[:, :, None, None]
+
+
+class PreActivationBottleneck(nn.Module):
+    """The pre-activation bottleneck of ResNets, with or without normalization: all that differs is in its parts.
+
+    (N, C, H, W) to (N, C', H / stride, W / stride). `pre` holds what comes before each convolution: an activation, or a
+    normalizer and an activation in either order. `shortcut` is a projection of `pre[0]`'s output, or None for the
+    identity, which takes the input as it is. `gate` (squeeze-excite) comes after the last convolution.
+
+    In training each example's branch is dropped with probability `drop_rate` (stochastic depth; as in the authors'
+    code what survives is not rescaled). `expected_variance` is the ledger's entry for the output, for whoever wants to
+    compare; None where there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        pre: tuple[nn.Module, nn.Module, nn.Module],
+        conv: tuple[nn.Module, nn.Module, nn.Module],
+        shortcut: nn.Module | None,
+        gate: nn.Module | None,
+        drop_rate: float = 0.0,
+        expected_variance: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.pre0, self.pre1, self.pre2 = pre
+        self.conv0, self.conv1, self.conv2 = conv
+        self.shortcut = shortcut
+        self.gate = gate
+        self.drop_rate = drop_rate
+        self.expected_variance = expected_variance
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.pre0(x)
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv0(out)
+        out = self.conv1(self.pre1(out))
+        out = self.conv2(self.pre2(out))
+        if self.gate is not None:
+            out = self.gate(out)
+        if not self.training or self.drop_rate == 0:
+            return shortcut + out
+        keep = out.new_empty(len(out), 1, 1, 1).bernoulli_(1 - self.drop_rate)
+        return torch.addcmul(shortcut, out, keep)
+
+
+class MaxPool2d(nn.Module):
+    """3×3 max pooling with stride 2. padding="same" as in TensorFlow and JAX, "symmetric" pads 1 on every side."""
+
+    def __init__(self, padding: str = "same") -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding == "symmetric":
+            return F.max_pool2d(x, 3, 2, padding=1)
+        total = [same_padding(size, 3, 2) for size in x.shape[-2:]]
+        if any(t == 1 for t in total) and any(t == 2 for t in total):
+            x = F.pad(x, [0, total[1] % 2, 0, total[0] % 2], value=float("-inf"))
+            return F.max_pool2d(x, 3, 2, padding=[t // 2 for t in total])
+        # A window that hangs over the end (ceil_mode) is the odd padding element of SAME.
+        return F.max_pool2d(x, 3, 2, padding=[t // 2 for t in total], ceil_mode=True)
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding!r}"
+
+
+def init_truncated_normal(weight: Tensor) -> None:
+    """Haiku's default: a normal of variance 1/fan_in, cut at two standard deviations (which leaves 0.774/fan_in)."""
+    std = weight[0].numel() ** -0.5
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+

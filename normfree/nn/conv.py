@@ -1,0 +1,174 @@
+"""Convolutions with scaled standardized weights: everything that a normalizer would do, done to the weights."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.nn.standardize import EPS, standardize
+
+
+def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
+    """Total padding along one axis that makes the output ⌈size / stride⌉ long; the odd one goes to the end (SAME)."""
+    return max((math.ceil(size / stride) - 1) * stride + dilation * (kernel_size - 1) + 1 - size, 0)
+
+
+class _SamePadding(nn.modules.conv._ConvNd):
+    """Adds padding="same" with any stride to a convolution of torch, which knows it without strides only."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0,
+        *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        same = padding == "same"
+        super().__init__(in_channels, out_channels, kernel_size, stride, 0 if same else padding, *args, **kwargs)
+        if same:
+            self.padding = "same"
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding != "same":
+            return super()._conv_forward(input, weight, bias)  # pyright: ignore[reportAttributeAccessIssue]
+        spatial = len(self.kernel_size)
+        total = [
+            same_padding(*axis)
+            for axis in zip(input.shape[-spatial:], self.kernel_size, self.stride, self.dilation, strict=True)
+        ]
+        padding = [t // 2 for t in total]
+        if self.padding_mode != "zeros" or any(t % 2 for t in total):
+            # torch.nn.functional.pad counts axes from the last
+            pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            input = F.pad(input, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+            padding = [0] * spatial
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+        return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class SameConv2d(_SamePadding, nn.Conv2d):
+    """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
+
+
+class _ScaledWS(_SamePadding):
+    """What `ScaledWSConv1d`, `2d` and `3d` share; comes before torch's class in the method resolution order."""
+
+    in_scale: Tensor
+    out_scale: Tensor
+    gain: nn.Parameter
+    skip_gain: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        in_scale: float = 1.0,
+        out_scale: float = 1.0,
+        skip_gain: float | None = None,
+        eps: float = EPS,
+        standardize: bool = True,
+    ) -> None:
+        if not eps > 0:
+            raise ValueError(f"eps is {eps}; it must be positive, or constant filters divide by zero")
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.eps = eps
+        self.standardize = standardize
+        self._initial_skip_gain = skip_gain
+        weight = self.weight
+        scales = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        self.register_buffer("in_scale", torch.tensor(in_scale, **scales))
+        self.register_buffer("out_scale", torch.tensor(out_scale, **scales))
+        self.gain = nn.Parameter(weight.new_empty(out_channels))
+        self.skip_gain = None if skip_gain is None else nn.Parameter(weight.new_empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, 1/fan_in), or N(0, 2/fan_in) (He) without standardization; gains 1, biases 0."""
+        if not hasattr(self, "_initial_skip_gain"):
+            return  # torch's constructor calls this before the gains exist
+        fan_in = self.weight[0].numel()
+        with torch.no_grad():
+            self.weight.normal_(0, math.sqrt((1 if self.standardize else 2) / fan_in))
+            self.gain.fill_(1)
+            if self.bias is not None:
+                self.bias.zero_()
+            if self.skip_gain is not None and self._initial_skip_gain is not None:
+                self.skip_gain.fill_(self._initial_skip_gain)
+
+    def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """W_eff, of the weight's shape, and b_eff (out_channels,) or None: those of the plain convolution that this is.
+
+            W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
+            b_eff = out_scale · skip_gain · bias
+        """
+        out_scale = self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain
+        scale = self.gain * (self.in_scale * out_scale)
+        if self.standardize:
+            weight = standardize(self.weight, scale, self.eps)
+        else:
+            weight = self.weight * scale.to(self.weight.dtype).view(-1, *[1] * (self.weight.ndim - 1))
+        return weight, None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, *self.effective_parameters())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # The scales are a few numbers that multiply whole networks: half precision must not round them.
+        exact = {name: self._buffers[name] for name in ("in_scale", "out_scale")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        if self.skip_gain is not None:
+            parts.append("skip_gain=True")
+        if not self.standardize:
+            parts.append("standardize=False")
+        return ", ".join(parts)
+
+
+_DOC = """{n}-D convolution with scaled weight standardization (Brock et al. 2021, section 4.1).
+
+    Input (N, in_channels, {axes}), output (N, out_channels, {out}); all arguments of `torch.nn.Conv{n}d`, and
+
+    padding="same"   also with a stride, then as in TensorFlow and JAX: the output is ⌈size / stride⌉ long, an odd
+                     padding element goes to the end
+    in_scale         what the input must be multiplied by: the activation's γ, the block's β
+    out_scale        what the output must be multiplied by: the branch's α
+    skip_gain        initial value of a learnable scalar that multiplies the output (SkipInit); None: there is none
+    eps              clamp on N · var(W)
+    standardize      False leaves the filters as they are: the ablation that shows the mean shift
+
+    All three scales are carried by the weight, `effective_parameters()`: no pass over activations. `gain` is
+    (out_channels,). `in_scale` and `out_scale` are persistent float32 buffers (float64 in a float64 layer).
+
+    Raises ValueError for what torch's class refuses, and for eps ≤ 0.
+    """
+
+
+class ScaledWSConv1d(_ScaledWS, nn.Conv1d):
+    __doc__ = _DOC.format(n=1, axes="L", out="L'")
+
+
+class ScaledWSConv2d(_ScaledWS, nn.Conv2d):
+    __doc__ = _DOC.format(n=2, axes="H, W", out="H', W'")
+
+
+class ScaledWSConv3d(_ScaledWS, nn.Conv3d):
+    __doc__ = _DOC.format(n=3, axes="D, H, W", out="D', H', W'")

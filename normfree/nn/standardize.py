@@ -1,0 +1,76 @@
+"""Scaled weight standardization: the formula, on the fastest torch kernel that gives it exactly."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EPS = 1e-4
+"""The clamp of the authors' code, on N · var(W)."""
+
+# Added to the variance inside the kernel, to keep constant filters finite. No filter that the clamp leaves alone
+# (var ≥ eps/N) can notice it, in float64 either.
+_TINY = 1e-30
+# Stands in for 1/std of a clamped filter in the backward kernel; see `_Standardize.backward`.
+_DELTA = 1e-12
+
+
+def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
+    """scale ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps)), per output channel (Brock et al. 2021, equation 3).
+
+    `weight` is (out_channels, in_channels / groups, *kernel_size), `scale` is (out_channels,); mean and (biased)
+    variance are over everything but the output channel, N = fan-in. The result has the weight's shape and dtype;
+    half-precision weights are standardized in float32. Differentiable once: Hessians with respect to weights are not
+    supported.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return _Standardize.apply(weight.float(), scale.float(), eps)[0].to(weight.dtype)
+    return _Standardize.apply(weight, scale.to(weight.dtype), eps)[0]
+
+
+class _Standardize(torch.autograd.Function):
+    """One group-norm kernel forward and one backward, one group per filter, with the clamp exact.
+
+    A group-norm kernel has no clamp. Forward, it returns filters of unit variance; those that the clamp should have
+    left smaller are multiplied by √(N · var / eps) < 1. Backward, the kernel computes
+
+        dW = s · (dY − mean(dY)) − r² · s · (W − mean(W)) · mean(dY · (W − mean(W))),   s = r · kernel weight
+
+    from the 1/std r and the weight that it is given. A clamped filter has no second term, since its s does not depend
+    on W: it gets r = δ and s/δ as the weight, which leaves s and makes the second term vanish, far below rounding.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        filters, fan_in = weight.shape[0], weight[0].numel()
+        rows = weight.reshape(1, filters, fan_in)
+        out, mean, rstd = torch.native_group_norm(
+            rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY
+        )
+        shrink = (rstd[0].reciprocal() * (fan_in / eps) ** 0.5).clamp(max=1)
+        return out.view(filters, fan_in).mul_(shrink[:, None]).view_as(weight), mean, rstd, shrink
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        weight, scale, ctx.eps = inputs
+        _, mean, rstd, shrink = output
+        ctx.mark_non_differentiable(mean, rstd, shrink)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, scale, mean, rstd, shrink)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
+        weight, scale, mean, rstd, shrink = ctx.saved_tensors
+        filters, fan_in = weight.shape[0], weight[0].numel()
+        clamped = shrink < 1
+        kernel_rstd = torch.where(clamped, _DELTA, rstd)
+        factor = torch.where(clamped, rstd[0] * shrink / _DELTA, 1.0) * fan_in**-0.5
+        grad_weight, grad_scale, _ = torch.ops.aten.native_group_norm_backward(
+            grad.reshape(1, filters, fan_in), weight.reshape(1, filters, fan_in), mean, kernel_rstd, scale * factor,
+            1, filters, fan_in, filters, [True, True, False],
+        )  # fmt: skip
+        return grad_weight.view_as(weight), grad_scale * factor, None

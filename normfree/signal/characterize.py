@@ -1,0 +1,253 @@
+"""What happens to the signal, block by block, in any model."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.errors import SignalError
+from normfree.signal.inputs import as_call, describe, map_tensors, noise, tensors
+from normfree.signal.measuring import closed_multipliers, closed_parameters, measuring, opened
+from normfree.signal.report import SignalRecord, SignalReport
+from normfree.signal.residual import Join, find_joins
+from normfree.signal.statistics import channel_statistics
+from normfree.signal.tape import Node, Tape
+
+
+def characterize(
+    model: nn.Module | Callable[[], nn.Module],
+    inputs: Any = None,
+    *,
+    seeds: int = 1,
+    open_branches: bool = True,
+    batch_stats: bool = True,
+    backward: bool = False,
+    name: str | None = None,
+) -> SignalReport:
+    """Signal propagation of a model: channel statistics at every residual join (Brock et al. 2021, section 3).
+
+    model          a module, or a factory of one
+    inputs         a tensor, a tuple (positional arguments), a dict (keyword arguments), a list (one argument, as
+                   torchvision's detectors take), a DataLoader (its first batch), or a function of the model that
+                   returns one of these, called once a seed; None: white noise of the model's declared input size, or
+                   4×3×224×224
+    seeds          how many times to repeat: the noise (or what the function returns) is drawn anew, and with a
+                   factory the parameters too
+    open_branches  set to one, for the measurement, what closes branches at initialisation: zero SkipInit gains, zero
+                   weights of normalizers, LayerScale
+    batch_stats    BatchNorm normalizes with the statistics of the batch, as in training, unless it is frozen; its
+                   buffers are not touched. False: with its running statistics
+    backward       also the gradients' statistics, for a random cotangent: each output times v ~ N(0, 1), summed
+    name           what the report calls the model
+
+    Every module is in eval mode for the run, so dropout is off and detectors ask for no targets. The model comes back
+    as it was, also when its forward raises.
+
+    Raises SignalError, which names the module last reached, when the forward fails or reaches no weight layer;
+    ValueError and TypeError for arguments that cannot be used.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; it must be at least 1")
+    module = model if isinstance(model, nn.Module) else None
+    if module is None and not callable(model):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module, or a function that makes one")
+    drawn = inputs is None or (callable(inputs) and not isinstance(inputs, Tensor))
+    if module is not None and seeds > 1 and not drawn:
+        raise ValueError(f"seeds is {seeds}, but neither this model nor these inputs are drawn: give a factory, or None")
+    reports = []
+    for seed in range(seeds):
+        with _isolated_rng(), torch.inference_mode(False):
+            torch.manual_seed(seed)
+            net = module if module is not None else model()
+            if not isinstance(net, nn.Module):
+                raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
+            net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
+            _refuse_lazy(net)
+            batch = noise(net) if inputs is None else inputs(net) if drawn else inputs
+            measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
+            report = measurement.report(open_branches)
+        reports.append(report)
+    merged = SignalReport.merge(reports)
+    return dataclasses.replace(merged, model=name or _name_of(model))
+
+
+class _Measurement:
+    """One model on one batch."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch_stats: bool, backward: bool
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        self.batch_stats = batch_stats
+        self.backward = backward
+        self.gradients: dict[int, Tensor] = {}
+
+    def report(self, open_branches: bool) -> SignalReport:
+        closed = closed_parameters(self.model)
+        records = self._measure(closed if open_branches else [])
+        if not records.joins:
+            records = self._measure(closed if open_branches else [], weight_layers=True)
+        else:
+            # LayerScale and the like are known by what they do: they multiply the end of a branch.
+            multipliers = {p for join in records.joins for p in join.parameters} - set(closed)
+            closed += closed_multipliers(self.model, multipliers)
+            if open_branches and len(closed) > len(records.opened):
+                records = self._measure(closed)
+            elif not open_branches and any(r.residual_variance is None for r in records.rows):
+                # A branch multiplied by 0 shows nothing of itself.
+                after = self._measure(closed)
+                records.rows = [
+                    dataclasses.replace(row, residual_variance=other.residual_variance)
+                    if row.residual_variance is None
+                    else row
+                    for row, other in zip(records.rows, after.rows, strict=True)
+                ]
+        if not records.rows:
+            raise SignalError(f"{type(self.model).__name__} passed its inputs through no weight layer: nothing to measure")
+        return SignalReport(
+            model=type(self.model).__name__,
+            inputs=describe(self.args, self.kwargs),
+            kind="join" if records.joins else "weight layer",
+            records=tuple(records.rows),
+            opened=tuple(records.opened),
+            normalizers=_class_names(self.model, "Norm"),
+            standardized=any(getattr(m, "standardize", "Std" in type(m).__name__) for m in self.model.modules()),
+        )
+
+    def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":
+        tape = Tape()
+        with measuring(self.model, batch_stats=self.batch_stats), opened(self.model, names):
+            try:
+                self._run(tape, weight_layers)
+            except Exception as error:
+                raise SignalError(_explain(self.model, tape, error)) from error
+            joins = find_joins(tape)
+            if joins:
+                rows = [self._join_record(tape.nodes[join.node], join) for join in joins]
+            else:
+                layers = [node for node in tape.nodes if node.weight_layer and node.statistics is not None]
+                rows = [self._record(node, shortcut="none", residual_variance=None) for node in layers]
+        return _Records(_numbered(rows), joins, names)
+
+    def _run(self, tape: Tape, weight_layers: bool) -> None:
+        self.gradients = {}
+        # Copies: a forward may write into its inputs.
+        args, kwargs = map_tensors(torch.clone, (self.args, self.kwargs))
+        if not self.backward:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                call = lambda: self.model(*args, **kwargs)  # noqa: E731
+                tape.record(self.model, call, tensors((args, kwargs)), reduce_weight_layers=weight_layers)
+            return
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            floats = [t.requires_grad_() for t in tensors((args, kwargs)) if t.is_floating_point()]
+            targets = floats or [p for p in self.model.parameters() if p.requires_grad]
+            args, kwargs = map_tensors(torch.clone, (args, kwargs))
+            out = tape.record(
+                self.model,
+                lambda: self.model(*args, **kwargs),
+                tensors((args, kwargs)),
+                reduce_weight_layers=weight_layers,
+                on_gradient=lambda node, gradient: self._keep_gradient(tape.nodes[node], gradient),
+            )
+            ends = [t for t in tensors(out) if t.is_floating_point() and t.requires_grad]
+            if not ends:
+                raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
+            torch.autograd.grad(ends, targets, [torch.randn_like(t) for t in ends], allow_unused=True)
+
+    def _keep_gradient(self, node: Node, gradient: Tensor) -> None:
+        self.gradients[node.index] = channel_statistics(gradient, node.channel_axis)
+
+    def _join_record(self, node: Node, join: Join) -> SignalRecord:
+        scale = join.scale * _declared_scale(self.model.get_submodule(join.end_module))
+        residual = None
+        if join.branch_statistics is not None and scale != 0:
+            residual = float(join.branch_statistics[1]) / scale**2
+        record = self._record(node, shortcut=join.shortcut, residual_variance=residual)
+        if record.gradient_variance is None:
+            return record
+        return dataclasses.replace(record, gradient_residual_variance=record.gradient_variance * scale**2)
+
+    def _record(self, node: Node, *, shortcut: str, residual_variance: float | None) -> SignalRecord:
+        assert node.statistics is not None
+        squared_mean, variance = node.statistics.tolist()
+        gradient = self.gradients[node.index].tolist() if node.index in self.gradients else (None, None)
+        owner = self.model.get_submodule(node.module)
+        expected = getattr(owner, "expected_variance", None)
+        return SignalRecord(
+            name=node.module or type(self.model).__name__,
+            stage=0,
+            shape=node.shape,
+            shortcut=shortcut,
+            squared_mean=squared_mean,
+            variance=variance,
+            residual_variance=residual_variance,
+            expected_variance=expected if isinstance(expected, float) else None,
+            gradient_squared_mean=gradient[0],
+            gradient_variance=gradient[1],
+        )
+
+
+@dataclasses.dataclass
+class _Records:
+    rows: list[SignalRecord]
+    joins: list[Join]
+    opened: list[str]
+
+
+def _numbered(records: list[SignalRecord]) -> list[SignalRecord]:
+    """With stages (a new one where the shape changes), and "#2" after the name of a module's second record."""
+    numbered, stage, seen = [], 0, dict[str, int]()
+    for previous, record in zip([None, *records], records, strict=False):
+        stage += previous is None or previous.shape[1:] != record.shape[1:]
+        seen[record.name] = seen.get(record.name, 0) + 1
+        name = record.name if seen[record.name] == 1 else f"{record.name}#{seen[record.name]}"
+        numbered.append(dataclasses.replace(record, name=name, stage=stage))
+    return numbered
+
+
+def _declared_scale(module: nn.Module) -> float:
+    """What a module says that it multiplies its output by."""
+    scale = 1.0
+    for attribute in ("out_scale", "skip_gain"):
+        value = getattr(module, attribute, None)
+        if isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1):
+            scale *= float(value.detach()) if isinstance(value, Tensor) else value
+    return scale
+
+
+def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:
+    path = tape.last_module
+    place = f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
+    hint = ""
+    if "Expected more than 1 value per channel" in str(error):
+        hint = " Give a larger batch or larger images, or batch_stats=False."
+    return f"the forward of {type(model).__name__} failed; the last module reached was {place}: {error}{hint}"
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name} is not initialized yet: run the model once before it is characterized")
+
+
+def _class_names(model: nn.Module, part: str) -> tuple[str, ...]:
+    return tuple(sorted({type(m).__name__ for m in model.modules() if part in type(m).__name__}))
+
+
+def _name_of(model: Any) -> str:
+    if isinstance(model, nn.Module):
+        return type(getattr(model, "_orig_mod", model)).__name__
+    return getattr(model, "__name__", type(model).__name__)
+
+
+@contextlib.contextmanager
+def _isolated_rng() -> Iterator[None]:
+    """The random state of the CPU and of every initialized CUDA device is put back afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        yield

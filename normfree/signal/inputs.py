@@ -1,0 +1,111 @@
+"""What a model is run on: its inputs, as a call; or white noise of the size that it declares."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+
+def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments of the model's forward, on the model's device.
+
+    A tuple is the positional arguments, a dict the keyword arguments, a DataLoader gives its first batch (of a pair,
+    the first: images without labels), anything else, a list of images too, is the only argument.
+
+    Raises TypeError where there is no tensor, ValueError for an empty one and for values that are not finite.
+    """
+    if isinstance(inputs, DataLoader):
+        batch = next(iter(inputs), None)
+        if batch is None:
+            raise ValueError("the DataLoader is empty")
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+    if isinstance(inputs, tuple):
+        args, kwargs = inputs, {}
+    elif isinstance(inputs, Mapping):
+        args, kwargs = (), dict(inputs)
+    else:
+        args, kwargs = (inputs,), {}
+    found = list(tensors((args, kwargs)))
+    if not found:
+        raise TypeError(f"inputs hold no tensor: got {type(inputs).__name__}; give a tensor, tuple, dict or DataLoader")
+    for tensor in found:
+        if tensor.numel() == 0:
+            raise ValueError(f"inputs hold an empty tensor of shape {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"inputs of shape {tuple(tensor.shape)} hold NaN or infinite values")
+    device = _device(model)
+    return map_tensors(lambda t: t.to(device), args), map_tensors(lambda t: t.to(device), kwargs)
+
+
+def noise(model: nn.Module, batch: int = 4, size: tuple[int, int] | None = None) -> Tensor:
+    """x ~ N(0, 1), (batch, C, H, W): the model's declared input size, or 224×224 with its first layer's channels.
+
+    A model that starts with a linear layer gets (batch, features). Raises ValueError where neither is to be found.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    shape = declared_input_size(model)
+    if shape is None:
+        layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
+        first = next(layers, None)
+        if isinstance(first, nn.Linear):
+            shape = (first.in_features,)
+        elif isinstance(first, nn.Conv2d):
+            shape = (first.in_channels, 224, 224)
+        else:
+            raise ValueError(
+                f"{type(model).__name__} does not say what its input looks like (no default_cfg, no 2-d convolution or "
+                "linear layer first): give `inputs`"
+            )
+    if size is not None:
+        if len(shape) != 3:
+            raise ValueError(f"size is {size}, but the model's input has shape (N, {', '.join(map(str, shape))})")
+        shape = (shape[0], *size)
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.randn(batch, *shape, device=reference.device, dtype=reference.dtype)
+
+
+def declared_input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """(C, H, W) where the model has a `default_cfg` or `pretrained_cfg` with an "input_size", as timm's have."""
+    for attribute in ("default_cfg", "pretrained_cfg"):
+        declared = getattr(model, attribute, None)
+        size = declared.get("input_size") if isinstance(declared, Mapping) else getattr(declared, "input_size", None)
+        if size:
+            return tuple(size)
+    return None
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The shapes of the inputs, such as "4×3×224×224"."""
+    return ", ".join("×".join(map(str, t.shape)) for t in tensors((args, kwargs)))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples, mappings, and the attributes of dataclass-like outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nesting with `function` of every tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

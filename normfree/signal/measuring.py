@@ -1,0 +1,88 @@
+"""A model made ready to be measured, and put back as it was."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+# Learnable scalars and vectors that multiply a weight or a branch, by the names in use.
+_GAIN = re.compile(r"(^|\.)(skip_?(init_?)?gain|gain)$")
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module, *, batch_stats: bool) -> Iterator[None]:
+    """Every module in eval mode; with `batch_stats`, unfrozen BatchNorm normalizes with the batch's statistics.
+
+    Buffers are not touched: a BatchNorm without running statistics uses the batch's. Fused paths that hide operations
+    are off. Everything is restored on the way out.
+    """
+    training = {module: module.training for module in model.modules()}
+    frozen = {module for module in training if isinstance(module, _BATCH_NORM) and _is_frozen(module, model)}
+    hidden: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for module in training:
+            module.training = False
+            if batch_stats and isinstance(module, _BATCH_NORM) and module not in frozen:
+                names = ("running_mean", "running_var")
+                hidden.append((module, {name: module._buffers[name] for name in names}))
+                module._buffers.update(dict.fromkeys(names))
+        yield
+    finally:
+        for module, buffers in hidden:
+            module._buffers.update(buffers)
+        for module, mode in training.items():
+            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _is_frozen(norm: nn.Module, model: nn.Module) -> bool:
+    """In eval mode inside a model that trains, or with an affine part that is kept from training alone."""
+    if model.training and not norm.training:
+        return True
+    own = list(norm.parameters(recurse=False))
+    return bool(own) and not any(p.requires_grad for p in own) and any(p.requires_grad for p in model.parameters())
+
+
+def closed_parameters(model: nn.Module) -> list[str]:
+    """Parameters that close a branch wherever it is: gains and normalizers' weights that are all zero."""
+    found = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            is_norm_weight = name == "weight" and "Norm" in type(module).__name__
+            if (is_norm_weight or _GAIN.search(full)) and parameter.numel() and not bool(parameter.any()):
+                found.append(full)
+    return found
+
+
+def closed_multipliers(model: nn.Module, names: set[str]) -> list[str]:
+    """Those of the named parameters, which multiply a branch, that are at a constant other than 1.
+
+    LayerScale starts at 1e-6 to 0.1 everywhere, SkipInit and ReZero at 0; what training has moved is left alone.
+    """
+    parameters = dict(model.named_parameters())
+    found = []
+    for name in sorted(names & parameters.keys()):
+        value = parameters[name].detach()
+        if value.numel() and bool((value == value.flatten()[0]).all()) and abs(float(value.flatten()[0])) < 1:
+            found.append(name)
+    return found
+
+
+@contextlib.contextmanager
+def opened(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """The named parameters set to one."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in names}
+    try:
+        for name in names:
+            parameters[name].data.fill_(1)
+        yield
+    finally:
+        for name, value in before.items():
+            parameters[name].data.copy_(value)

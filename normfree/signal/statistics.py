@@ -1,0 +1,38 @@
+"""Channel statistics of a tensor; pure functions."""
+
+import torch
+from torch import Tensor
+
+
+def default_channel_axis(ndim: int) -> int:
+    """Where channels are when the dataflow does not say: (N, C), (N, L, C), (N, C, H, W), (N, C, D, H, W)."""
+    return 2 if ndim == 3 else min(1, ndim - 1)
+
+
+def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
+    """(average channel squared mean, average channel variance) of x, a float64 tensor of 2 on x's device.
+
+    With x of shape (N, C, H, W): the mean over c of (mean over n, h, w of x)², and the mean over c of the biased
+    variance over n, h, w (Brock et al. 2021, section 3). Any other shape works alike, channels at `channel_axis`.
+
+    No temporary of x's size is made, except for half precision, which is reduced in float32.
+    """
+    axis = default_channel_axis(x.ndim) if channel_axis is None else channel_axis
+    x = x.detach()
+    if x.dtype not in (torch.float32, torch.float64):
+        x = x.float()
+    if x.ndim == 1:
+        x = x[None]
+        axis += 1
+    if axis == x.ndim - 1:
+        # Seen as one image of width 1 in channels_last layout: a single pass for the kernel below.
+        x = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    else:
+        x = x.movedim(axis, 1)
+    if x.device.type in ("cpu", "cuda"):
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    else:
+        variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+    if x.device.type != "mps":
+        mean, variance = mean.double(), variance.double()
+    return torch.stack([mean.square().mean(), variance.mean()])

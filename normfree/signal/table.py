@@ -1,0 +1,74 @@
+"""A report as a table of text."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normfree.signal.report import SignalReport
+
+
+def rich_table(report: "SignalReport") -> Any:
+    """For `rich.print`; needs rich."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, rows = _cells(report)
+    table = Table(title=escape(title(report)), title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index > 2 else "left", overflow="fold")
+    previous = None
+    for row, record in zip(rows, report, strict=True):
+        if previous is not None and record.stage != previous:
+            table.add_section()
+        previous = record.stage
+        table.add_row(*map(escape, row))
+    return Group(table, *(Text(line) for line in footer(report)))
+
+
+def plain_text(report: "SignalReport") -> str:
+    columns, rows = _cells(report)
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    lines = [title(report)]
+    for row in (columns, *rows):
+        cells = [cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, *footer(report)])
+
+
+def title(report: "SignalReport") -> str:
+    seeds = f", {report.seeds} seeds" if report.seeds > 1 else ""
+    return f"{report.model}: signal at {len(report)} {report.kind}s, inputs {report.inputs}{seeds}"
+
+
+def footer(report: "SignalReport") -> list[str]:
+    """The verdicts, and what was done to the model to measure it."""
+    lines = [f"· {verdict}" for verdict in report.verdicts]
+    if report.opened:
+        shown = ", ".join(report.opened[:3]) + (", …" if len(report.opened) > 3 else "")
+        lines.append(f"· opened for the measurement (set to one): {len(report.opened)} parameters, {shown}")
+    return lines
+
+
+def _cells(report: "SignalReport") -> tuple[list[str], list[list[str]]]:
+    columns = {
+        "module": lambda r: r.name,
+        "stage": lambda r: str(r.stage),
+        "shortcut": lambda r: r.shortcut,
+        "shape": lambda r: "×".join(map(str, r.shape)),
+        "squared mean": lambda r: _number(r.squared_mean),
+        "variance": lambda r: _number(r.variance),
+        "expected": lambda r: _number(r.expected_variance),
+        "residual variance": lambda r: _number(r.residual_variance),
+        "gradient squared mean": lambda r: _number(r.gradient_squared_mean),
+        "gradient variance": lambda r: _number(r.gradient_variance),
+    }
+    optional = {"expected", "residual variance", "gradient squared mean", "gradient variance"}
+    shown = {
+        name: cell for name, cell in columns.items() if name not in optional or any(cell(r) != "–" for r in report)
+    }
+    return list(shown), [[cell(record) for cell in shown.values()] for record in report]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,158 @@
+"""What a report's numbers say, in words: the first place where something goes wrong, and the cause."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normfree.signal.report import SignalRecord, SignalReport
+
+EXPLODED = 100.0
+VANISHED = 0.01
+
+
+def verdicts(report: "SignalReport") -> list[str]:
+    """Sentences on the report; see `SignalReport.verdicts`."""
+    words = []
+    if report.kind != "join":
+        words.append(f"{report.model} has no residual joins: there is one record per weight layer")
+    problem = _not_finite(report)
+    if problem is not None:
+        return [*words, problem]
+    findings = [
+        _too_large(report, EXPLODED),
+        _too_small(report, VANISHED),
+        _drift(report, 1.0),
+        _against_the_ledger(report),
+        _linear_growth(report),
+    ]
+    words += [finding for finding in findings if finding]
+    if not any(findings[:3]):
+        words.append(
+            f"the signal neither explodes, vanishes nor drifts: variance {_range(r.variance for r in report)}, squared "
+            f"mean at most {_number(max(r.squared_mean / r.variance for r in report))} of the variance"
+        )
+    if report.closed:
+        words.append(
+            f"{len(report.closed)} branches are 0 and cannot be opened, {report.closed[0]} the first: their last layer "
+            "has zero weights"
+        )
+    return words
+
+
+def first_problem(
+    report: "SignalReport",
+    *,
+    max_variance: float | None,
+    max_mean_to_std: float | None,
+    min_residual: float | None,
+) -> str | None:
+    """The first violated limit in words, or None; see `SignalReport.check`."""
+    problem = _not_finite(report)
+    if problem is None and max_variance is not None:
+        problem = _too_large(report, max_variance)
+    if problem is None and max_mean_to_std is not None:
+        problem = _drift(report, max_mean_to_std**2)
+    if problem is None and min_residual is not None:
+        record = _first(report, lambda r: r.residual_variance is not None and r.residual_variance < min_residual)
+        if record is not None:
+            problem = (
+                f"residual variance is {_number(record.residual_variance or 0.0)} at {record.name}, below "
+                f"{_number(min_residual)}: the branch adds nothing to its shortcut"
+            )
+    return problem
+
+
+def _not_finite(report: "SignalReport") -> str | None:
+    record = _first(report, lambda r: not math.isfinite(r.squared_mean + r.variance))
+    return None if record is None else f"the signal is not finite from {record.name} on"
+
+
+def _too_large(report: "SignalReport", limit: float) -> str | None:
+    record = _first(report, lambda r: r.variance > limit)
+    if record is None:
+        return None
+    growth = _growth_per_record(report)
+    cause = "nothing normalizes the branches or scales them down"
+    if report.normalizers:
+        cause = f"{' and '.join(report.normalizers)} bound the branches, not their sum"
+    elif report.standardized:
+        cause = "the weights are standardized, but nothing divides the blocks' input by its standard deviation"
+    rate = f", growing by a factor of {growth:.2f} per {report.kind}" if growth > 1.05 else ""
+    return f"variance passes {_number(limit)} at {record.name}{rate}: {cause}"
+
+
+def _too_small(report: "SignalReport", limit: float) -> str | None:
+    record = _first(report, lambda r: r.variance < limit)
+    if record is None:
+        return None
+    return (
+        f"variance falls below {_number(limit)} at {record.name} ({_number(record.variance)}): the signal vanishes, the "
+        "weights before it are too small for the activation"
+    )
+
+
+def _drift(report: "SignalReport", ratio: float) -> str | None:
+    record = _first(report, lambda r: r.squared_mean > ratio * r.variance)
+    if record is None:
+        return None
+    passes = "the variance" if ratio == 1 else f"{_number(ratio)} of the variance"
+    cause = "the convolutions after them are not standardized"
+    if report.normalizers:
+        cause = f"no {report.normalizers[0]} centers the sum of the branches"
+    elif report.standardized:
+        cause = "their shortcut is not standardized"
+    return f"channel squared mean passes {passes} at {record.name}: activations drift, {cause}"
+
+
+def _against_the_ledger(report: "SignalReport") -> str | None:
+    known = [(r, r.variance / r.expected_variance) for r in report if r.expected_variance]
+    if not known:
+        return None
+    record, ratio = max(known, key=lambda item: abs(math.log(max(item[1], 1e-300))))
+    if abs(ratio - 1) <= 0.25:
+        return f"variance follows the prediction, 1 + α² per block, within {abs(ratio - 1):.0%}"
+    return (
+        f"variance departs from the prediction: {_number(record.variance)} at {record.name}, expected "
+        f"{_number(record.expected_variance or 0.0)}"
+    )
+
+
+def _linear_growth(report: "SignalReport") -> str | None:
+    """Growth by a constant amount per block that starts anew with each stage: what BatchNorm does to a ResNet."""
+    steps, resets, last = [], [], None
+    for _, group in groupby(report, key=lambda r: r.stage):
+        stage = list(group)
+        steps += [b.variance - a.variance for a, b in zip(stage, stage[1:], strict=False)]
+        if last is not None and stage[0].variance < last:
+            resets.append(stage[0].name)
+        last = stage[-1].variance
+    if not report.normalizers or len(steps) < 3 or not resets or min(steps) <= 0:
+        return None
+    step = statistics.fmean(steps)
+    if statistics.pstdev(steps) > 0.25 * step:
+        return None
+    return (
+        f"variance grows linearly within a stage, by {_number(step)} per block, and is reset at {', '.join(resets)}: "
+        f"{report.normalizers[0]} bounds each branch, so the shortcut weighs more with depth"
+    )
+
+
+def _growth_per_record(report: "SignalReport") -> float:
+    first, last = report[0].variance, report[len(report) - 1].variance
+    return (last / first) ** (1 / (len(report) - 1)) if len(report) > 1 and first > 0 else 1.0
+
+
+def _first(report: "SignalReport", wrong: Callable[["SignalRecord"], bool]) -> "SignalRecord | None":
+    return next((record for record in report if wrong(record)), None)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _range(values: Iterable[float]) -> str:
+    known = list(values)
+    return f"{_number(min(known))} to {_number(max(known))}"
