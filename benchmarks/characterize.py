@@ -20,7 +20,7 @@ import torch
 
 from normfree.models import create_model
 from normfree.signal import characterize
-from normfree.signal.measuring import measuring
+from normfree.signal.preparation import measuring
 
 TIME_LIMIT, MEMORY_LIMIT = 1.6, 1.10
 

@@ -1,1 +1,24 @@
 """Deep networks without activation normalization, and the tools to see why they work."""
+
+from normfree import models, nn, signal
+from normfree.models import create_model, list_models
+from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
+from normfree.signal import SignalError, SignalReport, characterize, compare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ScaledWSConv1d",
+    "ScaledWSConv2d",
+    "ScaledWSConv3d",
+    "SignalError",
+    "SignalReport",
+    "characterize",
+    "compare",
+    "create_model",
+    "gain",
+    "list_models",
+    "models",
+    "nn",
+    "signal",
+]

@@ -1,7 +1,7 @@
 """How a signal flows through any network."""
 
 from normfree.errors import SignalError
-from normfree.signal.characterize import characterize
+from normfree.signal.measurement import characterize
 from normfree.signal.charts import compare
 from normfree.signal.report import SignalRecord, SignalReport
 

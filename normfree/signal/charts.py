@@ -1,1 +1,240 @@
-def compare(r): raise NotImplementedError
+"""The one place that draws: signal propagation plots, and the page around them."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from normfree.signal import table
+from normfree.signal.report import DATA_SUFFIXES, SignalReport, save
+
+_PANELS = {
+    "squared_mean": "Average channel squared mean",
+    "variance": "Average channel variance",
+    "residual_variance": "Residual average channel variance",
+}
+_GRADIENT_PANELS = {
+    "gradient_squared_mean": "Gradient: squared mean",
+    "gradient_variance": "Gradient: variance",
+    "gradient_residual_variance": "Gradient: residual variance",
+}
+_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+_DECADES = [10.0**exponent for exponent in range(-30, 39)]
+_CAPTION = "Bands: from the lowest to the highest seed. Dashed: the variance that the network expects of itself."
+SUFFIXES = (".html", ".png", ".svg")
+
+
+def compare(
+    reports: SignalReport | Sequence[SignalReport] | Mapping[str, Sequence[SignalReport]], title: str = ""
+) -> "SignalFigure":
+    """Several models in one figure: the paper's three panels on logarithmic axes (Brock et al. 2021, figure 1).
+
+    `reports` is a sequence, or a mapping from the label of a row of panels to its reports. Models of the same name in
+    several rows share a colour; within a row, later ones of the same name are numbered.
+
+    Raises ValueError where there is no report, and, at saving, ImportError without the extra "charts".
+    """
+    if isinstance(reports, SignalReport):
+        reports = [reports]
+    rows = dict(reports) if isinstance(reports, Mapping) else {"": list(reports)}
+    if not any(rows.values()):
+        raise ValueError("there is no report to draw")
+    return SignalFigure({label: list(row) for label, row in rows.items() if row}, title)
+
+
+class SignalFigure:
+    """Signal propagation plots of some reports: `save` it, or look at it in a notebook."""
+
+    def __init__(self, rows: dict[str, list[SignalReport]], title: str) -> None:
+        self.rows = rows
+        self.title = title
+
+    def to_vega_lite(self, title: str = "") -> dict[str, Any]:
+        """The chart as a Vega-Lite specification, under a title."""
+        alt = _altair()
+        rows = {label: _named(reports) for label, reports in self.rows.items()}
+        names = list(dict.fromkeys(name for row in rows.values() for name, _ in row))
+        shown = alt.selection_point(
+            name="shown", fields=["model"], bind="legend", toggle="true", empty=False,
+            value=[{"model": name} for name in names],
+        )  # fmt: skip
+        color = alt.Color("model:N", title="model (click to hide or show)", sort=names).scale(
+            domain=names, range=[_COLORS[i % len(_COLORS)] for i in range(len(names))]
+        )
+        panels = dict(_PANELS)
+        if any(r.gradient_variance is not None for row in rows.values() for _, report in row for r in report):
+            panels |= _GRADIENT_PANELS
+        lines = []
+        for label, row in rows.items():
+            data = [point for name, report in row for point in _points(name, report)]
+            charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
+            line = alt.hconcat(*charts, spacing=24)
+            lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
+        chart = alt.vconcat(*lines, spacing=28).add_params(shown)
+        if title:
+            chart = chart.properties(title=alt.Title(title, subtitle=_CAPTION, anchor="start", fontSize=16, offset=12))
+        chart = (
+            chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.5)
+            .configure_legend(labelFontSize=12, titleFontSize=12, labelLimit=0, symbolStrokeWidth=3, orient="top", columns=4)
+            .configure_view(stroke="#cccccc")
+        )
+        return chart.to_dict()
+
+    def save(self, path: str | Path) -> Path:
+        """Write .html (one file that needs no network), .png or .svg, or the numbers as .csv or .json.
+
+        Raises ValueError for another suffix.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix in DATA_SUFFIXES:
+            return save([report for row in self.rows.values() for report in row], path)
+        if suffix not in SUFFIXES:
+            raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join((*SUFFIXES, *DATA_SUFFIXES))}")
+        converter = _vl_convert()
+        if suffix == ".html":
+            path.write_text(self.to_html(), encoding="utf-8")
+        elif suffix == ".svg":
+            path.write_text(converter.vegalite_to_svg(self.to_vega_lite(self.title)), encoding="utf-8")
+        else:
+            path.write_bytes(converter.vegalite_to_png(self.to_vega_lite(self.title), scale=2))
+        return path
+
+    def to_html(self) -> str:
+        """The page: interactive chart, verdicts, and a table per report."""
+        title = self.title or "Signal propagation"
+        sections = "".join(
+            _section(name, label, report) for label, row in self.rows.items() for name, report in _named(row)
+        )
+        # "<" cannot appear in the JSON, so no module's name can end the script element.
+        spec = json.dumps(self.to_vega_lite()).replace("<", "\\u003c")
+        return _PAGE.format(
+            title=html.escape(title), caption=_CAPTION, sections=sections, spec=spec, bundle=_vl_convert().javascript_bundle()
+        )
+
+    def _repr_html_(self) -> str:
+        svg = _vl_convert().vegalite_to_svg(self.to_vega_lite(self.title))
+        return svg + "".join(_section(name, label, r) for label, row in self.rows.items() for name, r in _named(row))
+
+
+def _named(reports: Sequence[SignalReport]) -> list[tuple[str, SignalReport]]:
+    named, seen = [], dict[str, int]()
+    for report in reports:
+        seen[report.model] = seen.get(report.model, 0) + 1
+        named.append((report.model if seen[report.model] == 1 else f"{report.model} ({seen[report.model]})", report))
+    return named
+
+
+def _points(name: str, report: SignalReport) -> list[dict[str, Any]]:
+    """One row of data per record and statistic; what a logarithmic axis cannot show (0, not finite) is left out."""
+    points = []
+    for position, record in enumerate(report, 1):
+        for statistic in (*_PANELS, *_GRADIENT_PANELS):
+            value = getattr(record, statistic)
+            if value is None or not math.isfinite(value) or value <= 0:
+                continue
+            samples = record.samples.get(statistic, (value,))
+            points.append(
+                {
+                    "model": name,
+                    "statistic": statistic,
+                    "block": position,
+                    "module": record.name,
+                    "stage": record.stage,
+                    "shape": "×".join(map(str, record.shape)),
+                    "shortcut": record.shortcut,
+                    "value": value,
+                    "low": max(min(samples), value * 1e-6),
+                    "high": max(samples),
+                    "expected": record.expected_variance if statistic == "variance" else None,
+                }
+            )
+    return points
+
+
+def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, color: Any) -> Any:
+    data = [point for point in data if point["statistic"] == statistic]
+    x = alt.X("block:Q", title="residual block", axis=alt.Axis(tickMinStep=1, format="d")).scale(nice=False, padding=8)
+    log = alt.Scale(type="log", nice=True)
+    label = "abs(log(datum.value)) < 12 ? format(datum.value, '~r') : format(datum.value, '.0e')"
+    axis = alt.Axis(values=_DECADES, labelExpr=label, labelOverlap=True)
+    y = alt.Y("value:Q", title=None, axis=axis).scale(log)
+    tooltip = [
+        "model:N", "module:N", "stage:Q", "shape:N", "shortcut:N",
+        alt.Tooltip("value:Q", format=".4g", title=title.lower()),
+        alt.Tooltip("low:Q", format=".4g", title="lowest seed"), alt.Tooltip("high:Q", format=".4g", title="highest seed"),
+        alt.Tooltip("expected:Q", format=".4g", title="expected"),
+    ]  # fmt: skip
+    base = alt.Chart(alt.Data(values=data)).transform_filter({"param": "shown"})
+    band = base.mark_area(fillOpacity=0.2).encode(x, alt.Y("low:Q").scale(log), alt.Y2("high:Q"), color)
+    expected = base.mark_line(strokeDash=[3, 3], strokeWidth=1, opacity=0.8).encode(x, alt.Y("expected:Q").scale(log), color)
+    line = base.mark_line(strokeWidth=2).encode(x, y, color)
+    dots = base.mark_circle(size=36, opacity=1).encode(x, y, color, tooltip=tooltip)
+    layers = [band, line, dots] + ([expected] if any(p["expected"] for p in data) else [])
+    return alt.layer(*layers).properties(width=300, height=260, title=alt.Title(title, fontSize=13, fontWeight="normal"))
+
+
+def _section(name: str, label: str, report: SignalReport) -> str:
+    heading = html.escape(f"{name}, {label}" if label else name)
+    verdicts = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in report.verdicts)
+    columns, rows = table.cells(report)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f"<section><h2>{heading}</h2><ul>{verdicts}</ul><details><summary>{html.escape(table.title(report))}</summary>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details></section>"
+    )
+
+
+def _altair() -> Any:
+    try:
+        import altair
+    except ImportError as error:
+        raise ImportError("charts need altair and vl-convert: pip install 'normfree[charts]'") from error
+    return altair
+
+
+def _vl_convert() -> Any:
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise ImportError("charts need altair and vl-convert: pip install 'normfree[charts]'") from error
+    return vl_convert
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.5rem; }}
+h2 {{ font-size: 1.05rem; margin: 1.5rem 0 0; }}
+ul {{ margin: .3rem 0; padding-left: 1.2rem; }}
+#chart {{ overflow-x: auto; }}
+summary {{ cursor: pointer; color: #555; }}
+table {{ border-collapse: collapse; font-size: 13px; margin: .5rem 0; }}
+th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
+th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{caption}</p>
+<div id="chart"></div>
+{sections}
+<script id="spec" type="application/json">{spec}</script>
+<script type="module">
+{bundle}
+const spec = JSON.parse(document.getElementById("spec").textContent);
+await vegaEmbed("#chart", spec, {{ mode: "vega-lite", actions: {{ export: true, source: false, compiled: false, editor: false }} }});
+document.body.dataset.drawn = "true";
+</script>
+</body>
+</html>
+"""

@@ -40,12 +40,18 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def noise(model: nn.Module, batch: int = 4, size: tuple[int, int] | None = None) -> Tensor:
-    """x ~ N(0, 1), (batch, C, H, W): the model's declared input size, or 224×224 with its first layer's channels.
-
-    A model that starts with a linear layer gets (batch, features). Raises ValueError where neither is to be found.
-    """
+    """x ~ N(0, 1) of shape (batch, *input_shape(model, size)), on the model's device, of its dtype."""
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.randn(batch, *input_shape(model, size), device=reference.device, dtype=reference.dtype)
+
+
+def input_shape(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+    """(C, H, W): what the model declares, or 224×224 with its first layer's channels; H and W are `size` if given.
+
+    (features,) for a model that starts with a linear layer. Raises ValueError where there is neither.
+    """
     shape = declared_input_size(model)
     if shape is None:
         layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
@@ -59,12 +65,13 @@ def noise(model: nn.Module, batch: int = 4, size: tuple[int, int] | None = None)
                 f"{type(model).__name__} does not say what its input looks like (no default_cfg, no 2-d convolution or "
                 "linear layer first): give `inputs`"
             )
-    if size is not None:
-        if len(shape) != 3:
-            raise ValueError(f"size is {size}, but the model's input has shape (N, {', '.join(map(str, shape))})")
-        shape = (shape[0], *size)
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.randn(batch, *shape, device=reference.device, dtype=reference.dtype)
+    if size is None:
+        return shape
+    if len(shape) != 3:
+        raise ValueError(f"size is {size}, but the model's input has shape (N, {', '.join(map(str, shape))})")
+    if min(size) < 1:
+        raise ValueError(f"size is {size}; height and width must be at least 1")
+    return (shape[0], *size)
 
 
 def declared_input_size(model: nn.Module) -> tuple[int, ...] | None:

@@ -143,28 +143,7 @@ class SignalReport:
 
         Raises ValueError for another suffix, OSError where the file cannot be written.
         """
-        path = Path(path)
-        suffix = path.suffix.lower()
-        if suffix == ".json":
-            document = dataclasses.asdict(self) | {"records": self.to_dicts(), "verdicts": self.verdicts}
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        elif suffix == ".csv":
-            path.write_text(self._to_csv(), encoding="utf-8")
-        else:
-            from normfree.signal.charts import compare
-
-            compare([self]).save(path)
-        return path
-
-    def _to_csv(self) -> str:
-        rows = [row | {"shape": "x".join(map(str, row["shape"]))} for row in self.to_dicts()]
-        for row in rows:
-            del row["samples"]
-        out = io.StringIO()
-        writer = csv.DictWriter(out, ["model", *rows[0]], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"model": self.model} | row for row in rows)
-        return out.getvalue()
+        return save([self], path)
 
     def __rich__(self) -> Any:
         from normfree.signal.table import rich_table
@@ -180,3 +159,36 @@ class SignalReport:
         from normfree.signal.charts import compare
 
         return compare([self])._repr_html_()
+
+
+DATA_SUFFIXES = (".csv", ".json")
+
+
+def save(reports: Sequence[SignalReport], path: str | Path) -> Path:
+    """Write several reports into one file; see `SignalReport.save`. JSON of several reports is a list of them."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        documents = [
+            dataclasses.asdict(report) | {"records": report.to_dicts(), "verdicts": report.verdicts} for report in reports
+        ]
+        path.write_text(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n", encoding="utf-8")
+    elif suffix == ".csv":
+        path.write_text(_to_csv(reports), encoding="utf-8")
+    else:
+        from normfree.signal.charts import compare
+
+        compare(reports).save(path)
+    return path
+
+
+def _to_csv(reports: Sequence[SignalReport]) -> str:
+    rows = [{"model": report.model} | row for report in reports for row in report.to_dicts()]
+    for row in rows:
+        del row["samples"]
+        row["shape"] = "x".join(map(str, row["shape"]))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

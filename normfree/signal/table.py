@@ -13,7 +13,7 @@ def rich_table(report: "SignalReport") -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    columns, rows = _cells(report)
+    columns, rows = cells(report)
     table = Table(title=escape(title(report)), title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index > 2 else "left", overflow="fold")
@@ -27,7 +27,7 @@ def rich_table(report: "SignalReport") -> Any:
 
 
 def plain_text(report: "SignalReport") -> str:
-    columns, rows = _cells(report)
+    columns, rows = cells(report)
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     lines = [title(report)]
     for row in (columns, *rows):
@@ -50,7 +50,7 @@ def footer(report: "SignalReport") -> list[str]:
     return lines
 
 
-def _cells(report: "SignalReport") -> tuple[list[str], list[list[str]]]:
+def cells(report: "SignalReport") -> tuple[list[str], list[list[str]]]:
     columns = {
         "module": lambda r: r.name,
         "stage": lambda r: str(r.stage),

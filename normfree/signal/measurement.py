@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfree.errors import SignalError
 from normfree.signal.inputs import as_call, describe, map_tensors, noise, tensors
-from normfree.signal.measuring import closed_multipliers, closed_parameters, measuring, opened
+from normfree.signal.preparation import closed_multipliers, closed_parameters, measuring, opened
 from normfree.signal.report import SignalRecord, SignalReport
 from normfree.signal.residual import Join, find_joins
 from normfree.signal.statistics import channel_statistics

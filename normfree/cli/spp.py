@@ -1,0 +1,66 @@
+"""`normfree spp`: signal propagation of any models."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from normfree.cli.output import check_writable, progress, show
+from normfree.images import batch_function
+from normfree.signal import SignalReport, characterize
+from normfree.signal.charts import SUFFIXES, compare
+from normfree.signal.inputs import input_shape, noise
+from normfree.signal.report import DATA_SUFFIXES
+from normfree.sources import model_factory
+
+
+def spp(
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")],
+    /,
+    input: Annotated[str, tyro.conf.arg(metavar="noise|photos|DIR")] = "noise",
+    batch: int = 4,
+    size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="H W")] = None,
+    seeds: int = 1,
+    open: bool = True,
+    backward: bool = False,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html|.png|.svg|.csv|.json")] = None,
+) -> None:
+    """Signal propagation: channel mean and variance at every residual block, at initialisation.
+
+    Args:
+        models: nf_resnet50 (ours), timm:NAME, torchvision:NAME, or package.module:factory.
+        input: White noise, crops of two real photographs, or images of a folder.
+        batch: Number of examples.
+        size: Height and width; the model's own if not given.
+        seeds: How many times to draw parameters and inputs anew.
+        open: Set to one what closes branches at initialisation (SkipInit, LayerScale, zero gains).
+        backward: The gradient's statistics too.
+        out: Also write a figure, or the numbers.
+    """
+    if not models:
+        raise ValueError("name at least one model, such as nf_resnet50 or timm:resnet50 (`normfree models` lists ours)")
+    if out is not None:
+        check_writable(out, (*SUFFIXES, *DATA_SUFFIXES))
+    factories = {name: model_factory(name) for name in models}
+
+    def draw(model):
+        if input == "noise":
+            return noise(model, batch, size)
+        return batch_function(input, batch, lambda model: input_shape(model, size))(model)
+
+    reports: list[SignalReport] = []
+    with progress() as bar:
+        task = bar.add_task("", total=len(factories))
+        for name, factory in factories.items():
+            bar.update(task, description=name)
+            reports.append(
+                characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name)
+            )
+            bar.advance(task)
+    console = Console()
+    for report in reports:
+        show(console, report)
+    if out is not None:
+        compare(reports, title="Signal propagation at initialisation").save(out)
+        console.print(f"written: {out}", highlight=False, soft_wrap=True)

@@ -1,0 +1,92 @@
+"""Batches of real images, to run a network on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The usual normalization of ImageNet, per channel of RGB; grey images use the averages.
+_MEAN = torch.tensor([0.485, 0.456, 0.406])
+_STD = torch.tensor([0.229, 0.224, 0.225])
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def photographs(shape: tuple[int, ...], batch: int) -> Tensor:
+    """Random crops, (batch, C, H, W), of the two photographs that scikit-learn ships; C is 1 or 3.
+
+    Drawn with torch's random state; each crop is at least half as large as its photograph and may be mirrored. Raises
+    ImportError without scikit-learn and pillow.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+
+        images = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+    except ImportError as error:
+        raise ImportError("photographs need scikit-learn and pillow: pip install 'normfree[demo]'") from error
+    return torch.stack([_random_crop(images[i % len(images)], shape) for i in range(batch)])
+
+
+def from_folder(folder: Path, shape: tuple[int, ...], batch: int) -> Tensor:
+    """Center crops, (batch, C, H, W), of images drawn from a folder and those below it; C is 1 or 3.
+
+    Raises ValueError where the folder is missing, holds fewer images than `batch`, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder of images at {folder}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no images (of the suffixes {', '.join(sorted(_SUFFIXES))})")
+    if len(files) < batch:
+        raise ValueError(f"{folder} holds {len(files)} images, fewer than a batch of {batch}")
+    chosen = [files[i] for i in torch.randperm(len(files))[:batch].tolist()]
+    return torch.stack([_center_crop(_read(path), shape) for path in chosen])
+
+
+def batch_function(source: str, batch: int, shape: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], Tensor]:
+    """A function of a model that draws a batch of images: `source` is "photos" or a folder's path."""
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    if source == "photos":
+        return lambda model: photographs(shape(model), batch)
+    return lambda model: from_folder(Path(source), shape(model), batch)
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("reading images needs pillow: pip install 'normfree[demo]'") from error
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+
+
+def _random_crop(image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    _, height, width = image.shape
+    scale = min(height / shape[-2], width / shape[-1]) * float(torch.empty(()).uniform_(0.5, 1))
+    h, w = max(1, int(shape[-2] * scale)), max(1, int(shape[-1] * scale))
+    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+    crop = image[:, top : top + h, left : left + w]
+    return _finish(crop.flip(2) if torch.rand(()) < 0.5 else crop, shape)
+
+
+def _center_crop(image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    _, height, width = image.shape
+    scale = min(height / shape[-2], width / shape[-1])
+    h, w = max(1, round(shape[-2] * scale)), max(1, round(shape[-1] * scale))
+    top, left = (height - h) // 2, (width - w) // 2
+    return _finish(image[:, top : top + h, left : left + w], shape)
+
+
+def _finish(crop: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"the model's input has shape {shape}; images have (1 or 3, height, width)")
+    x = F.interpolate(crop[None].float() / 255, size=shape[1:], mode="bilinear", antialias=True, align_corners=False)[0]
+    x = (x - _MEAN[:, None, None]) / _STD[:, None, None]
+    return x if shape[0] == 3 else x.mean(0, keepdim=True)

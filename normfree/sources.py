@@ -1,0 +1,79 @@
+"""Models by name of their source: ours, timm's, torchvision's, or a function of the user's."""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normfree.models.registry import create_model, list_models, suggest
+
+
+def model_factory(name: str) -> Callable[[], nn.Module]:
+    """A function that builds the model, with new parameters and nothing downloaded.
+
+    `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory is
+    called without arguments and the current folder is searched too.
+
+    Raises ValueError for a name that is not known, with near misses; ImportError where a module cannot be imported.
+    """
+    source, colon, rest = name.partition(":")
+    if not colon:
+        if name not in list_models():
+            raise ValueError(
+                f"no model is called {name!r}{suggest(name, list_models())} (`normfree models` lists ours; "
+                "timm:NAME, torchvision:NAME and package.module:factory are others')"
+            )
+        return functools.partial(create_model, name)
+    if source == "timm":
+        return _from_timm(rest)
+    if source == "torchvision":
+        return _from_torchvision(rest)
+    return _from_module(source, rest)
+
+
+def _from_timm(name: str) -> Callable[[], nn.Module]:
+    timm = _import("timm", "'timm:' needs timm: pip install 'normfree[timm]'")
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}{suggest(name.split('.')[0], timm.list_models())}")
+    return functools.partial(timm.create_model, name, pretrained=False)
+
+
+def _from_torchvision(name: str) -> Callable[[], nn.Module]:
+    models = _import("torchvision.models", "'torchvision:' needs torchvision: pip install 'normfree[timm]'")
+    if name not in models.list_models():
+        raise ValueError(f"torchvision has no model {name!r}{suggest(name, models.list_models())}")
+    # Detectors and segmenters would fetch their backbone's weights unless told not to.
+    accepted = inspect.signature(models.get_model_builder(name)).parameters
+    arguments: dict[str, Any] = {key: None for key in ("weights", "weights_backbone") if key in accepted}
+    if name in ("googlenet", "inception_v3"):
+        arguments |= {"init_weights": True}
+    return functools.partial(models.get_model, name, **arguments)
+
+
+def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    module = _import(module_name, f"cannot import {module_name!r}")
+    factory: Any = module
+    for part in attribute.split("."):
+        if not hasattr(factory, part):
+            raise ValueError(f"{module_name} has no {attribute!r}{suggest(part, dir(factory))}")
+        factory = getattr(factory, part)
+    if isinstance(factory, nn.Module):
+        raise ValueError(f"{module_name}:{attribute} is a model; name a function that makes one")
+    if not callable(factory):
+        raise ValueError(f"{module_name}:{attribute} is a {type(factory).__name__}; name a function that makes a model")
+    return factory
+
+
+def _import(name: str, message: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ImportError(f"{message} ({type(error).__name__}: {error})") from error
