@@ -84,19 +84,20 @@ def main() -> None:
     if options.peak:
         print_peak(options.depths[0], options.batch, options.peak)
         return
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
-          f"load {os.getloadavg()[0]:.2f}, batch {options.batch}×3×224×224")  # fmt: skip
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}, load {os.getloadavg()[0]:.2f}, batch {options.batch}×3×224×224")
     results = {}
     for depth in options.depths:
         row = time_ratio(depth, options.batch, options.rounds)
-        peaks = {what: statistics.median(peak_bytes(depth, options.batch, what) for _ in range(3))
+        peaks = {what: statistics.median(peak_bytes(depth, options.batch, what) for _ in range(7))
                  for what in ("plain", "characterize")}  # fmt: skip
         row |= {f"peak_{what}": peak for what, peak in peaks.items()}
         row["memory_ratio"] = peaks["characterize"] / peaks["plain"]
         results[f"nf_resnet{depth}"] = row
-        print(f"nf_resnet{depth}: time {row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}] of a forward "
-              f"({row['forward_s']:.2f} s), limit {TIME_LIMIT}; peak memory {row['memory_ratio']:.3f} of a forward's "
-              f"({peaks['plain'] / 2**20:.0f} MiB), limit {MEMORY_LIMIT}")  # fmt: skip
+        time_range = f"[{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
+        print(f"nf_resnet{depth}: time {row['ratio']:.2f} {time_range} of a forward's {row['forward_s']:.2f} s, "
+              f"limit {TIME_LIMIT}; peak memory {row['memory_ratio']:.3f} of a forward's "
+              f"{peaks['plain'] / 2**20:.0f} MiB, limit {MEMORY_LIMIT}")  # fmt: skip
     print(json.dumps(results))
 
 

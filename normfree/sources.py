@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,8 +16,8 @@ from normfree.models.registry import create_model, list_models, suggest
 def model_factory(name: str) -> Callable[[], nn.Module]:
     """A function that builds the model, with new parameters and nothing downloaded.
 
-    `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory is
-    called without arguments and the current folder is searched too.
+    `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory
+    is called without arguments and the current folder is searched too.
 
     Raises ValueError for a name that is not known, with near misses; ImportError where a module cannot be imported.
     """
@@ -26,7 +26,7 @@ def model_factory(name: str) -> Callable[[], nn.Module]:
         if name not in list_models():
             raise ValueError(
                 f"no model is called {name!r}{suggest(name, list_models())} (`normfree models` lists ours; "
-                "timm:NAME, torchvision:NAME and package.module:factory are others')"
+                "timm:NAME, torchvision:NAME and package.module:factory are others)"
             )
         return functools.partial(create_model, name)
     if source == "timm":
@@ -69,7 +69,7 @@ def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
         raise ValueError(f"{module_name}:{attribute} is a model; name a function that makes one")
     if not callable(factory):
         raise ValueError(f"{module_name}:{attribute} is a {type(factory).__name__}; name a function that makes a model")
-    return factory
+    return cast(Callable[[], nn.Module], factory)
 
 
 def _import(name: str, message: str) -> Any:

@@ -7,6 +7,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from normfree.cli.output import progress
 from normfree.models import create_model, list_models
 from normfree.models.registry import suggest
 
@@ -22,14 +23,14 @@ def models(pattern: Annotated[str, tyro.conf.Positional] = "*", /) -> None:
     if not names:
         raise ValueError(f"no model matches {pattern!r}{suggest(pattern, list_models())}")
     console = Console()
-    with torch.device("meta"):
-        rows = [(name, sum(p.numel() for p in create_model(name).parameters())) for name in names]
-    if not console.is_terminal:
-        for name, parameters in rows:
-            print(name, parameters, sep="\t")
-        return
     table = Table("model", header_style="bold")
     table.add_column("parameters", justify="right")
-    for name, parameters in rows:
-        table.add_row(name, f"{parameters / 1e6:.2f} M")
-    console.print(table)
+    with progress() as bar, torch.device("meta"):
+        for name in bar.track(names, description="counting"):
+            parameters = sum(p.numel() for p in create_model(name).parameters())
+            if console.is_terminal:
+                table.add_row(name, f"{parameters / 1e6:.2f} M")
+            else:
+                print(name, parameters, sep="\t", flush=True)
+    if console.is_terminal:
+        console.print(table)

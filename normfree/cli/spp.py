@@ -54,9 +54,7 @@ def spp(
         task = bar.add_task("", total=len(factories))
         for name, factory in factories.items():
             bar.update(task, description=name)
-            reports.append(
-                characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name)
-            )
+            reports.append(characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name))
             bar.advance(task)
     console = Console()
     for report in reports:

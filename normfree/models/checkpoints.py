@@ -20,9 +20,9 @@ def load_haiku(
     """Set the parameters of `model` to those of the authors' network, and return it.
 
     `params` maps "<module path>//<parameter name>" (or is nested, {module path: {parameter name: array}}) to arrays in
-    Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers (1, 1, 1, C). `state` holds the
-    moving averages of BatchNorm in the same form. The authors' gains are constants slightly off the exact ones: build
-    the network with gains="reference" for the same function.
+    Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers (1, 1, 1, C). `state` holds
+    the moving averages of BatchNorm in the same form. The authors' gains are constants slightly off the exact ones:
+    build the network with gains="reference" for the same function.
 
     Raises ValueError that lists everything missing, unexpected or of another shape; the model is then unchanged.
     """

@@ -1,11 +1,12 @@
 """NF-ResNets: pre-activation ResNets without activation normalization (Brock et al. 2021, section 4)."""
 
+import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_resnet, plan_resnet
+from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, plan_resnet
 from normfree.nn import (
     MaxPool2d,
     PreActivationBottleneck,
@@ -51,8 +52,9 @@ class NFResNet(ResidualNetwork):
     """
 
     def __init__(self, config: NFResNetConfig) -> None:
-        check_resnet(config)
+        check_config(config)
         gamma = gain(config.activation, source=config.gains) if config.standardize else 1.0
+        act = functools.partial(make_activation, config.activation)
         ledger = VarianceLedger(config.alpha)
         stages: list[list[nn.Module]] = [[] for _ in config.depths]
         channels = int(16 * config.width)
@@ -63,14 +65,14 @@ class NFResNet(ResidualNetwork):
         for plan in plan_resnet(config.depths, config.width, config.stochastic_depth_rate):
             in_scale = gamma * ledger.enter_block(first_in_stage=plan.first_in_stage)
             channels, inner = plan.out_channels, plan.out_channels // 4
-            branch_end = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
+            branch_end: dict[str, Any] = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
             gate = None
             if config.se_ratio:
                 gate = SqueezeExcite(channels, config.se_ratio, gate_scale=2.0, **branch_end)
             projected = plan.stride > 1 or plan.in_channels != channels
             stages[plan.stage].append(
                 PreActivationBottleneck(
-                    pre=tuple(make_activation(config.activation) for _ in range(3)),
+                    pre=(act(), act(), act()),
                     conv=(
                         _conv(config, plan.in_channels, inner, 1, in_scale=in_scale),
                         _conv(config, inner, inner, 3, stride=plan.stride, in_scale=gamma),
@@ -87,7 +89,7 @@ class NFResNet(ResidualNetwork):
         super().__init__(
             stem,
             stages,
-            make_activation(config.activation),
+            act(),
             Head(channels, config.num_classes, drop_rate=config.drop_rate, in_scale=gamma, init_std=0.01),
         )
         self.config = config
@@ -95,7 +97,7 @@ class NFResNet(ResidualNetwork):
 
 
 def _conv(
-    config: NFResNetConfig, in_channels: int, out_channels: int, kernel_size: int, **arguments: float
+    config: NFResNetConfig, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any
 ) -> ScaledWSConv2d:
     padding = "same" if config.padding == "same" else kernel_size // 2
     return ScaledWSConv2d(

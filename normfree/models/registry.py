@@ -46,7 +46,7 @@ def create_model(
 
 
 def suggest(name: str, known: Any) -> str:
-    """"; did you mean …?" with near misses of `name` among the `known` names, or nothing."""
+    """ "; did you mean …?" with near misses of `name` among the `known` names, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(near)}?" if near else ""
 

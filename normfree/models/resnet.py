@@ -5,10 +5,12 @@ from typing import Literal
 
 from torch import nn
 
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_resnet, plan_resnet
+from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, plan_resnet
 from normfree.nn import MaxPool2d, PreActivationBottleneck, SqueezeExcite, make_activation
 from normfree.nn.blocks import init_truncated_normal
 from normfree.nn.conv import SameConv2d
+
+Order = Literal["bn_act", "act_bn", "act"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class ResNetConfig:
     """The arguments of the authors' `ResNet` (pre-activation), and what its ablations need."""
 
     depths: tuple[int, ...]  # blocks per stage
-    order: Literal["bn_act", "act_bn", "act"] = "bn_act"  # what comes before each convolution; "act": no normalizer
+    order: Order = "bn_act"  # what comes before each convolution; "act": no normalizer
     width: float = 4  # the stem has 16 · width channels, the stages 64, 128, 256, 512 · width
     activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
     se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
@@ -28,9 +30,14 @@ class ResNetConfig:
     init: Literal["he", "reference"] = "he"  # N(0, 2/fan_in), or the authors' truncated normal of 0.774/fan_in
 
 
+_ORDERS: dict[str, Order] = {
+    "bn_resnet{}": "bn_act",
+    "bn_resnet{}_relu_bn": "act_bn",
+    "unnormalized_resnet{}": "act",
+}
 VARIANTS = {
     name.format(depth): ResNetConfig(depths, order=order)
-    for name, order in (("bn_resnet{}", "bn_act"), ("bn_resnet{}_relu_bn", "act_bn"), ("unnormalized_resnet{}", "act"))
+    for name, order in _ORDERS.items()
     for depth, depths in RESNET_DEPTHS.items()
 }
 
@@ -39,7 +46,7 @@ class ResNet(ResidualNetwork):
     """A pre-activation ResNet with BatchNorm in either order, or without; see `ResNetConfig`."""
 
     def __init__(self, config: ResNetConfig) -> None:
-        check_resnet(config)
+        check_config(config)
         if config.order not in ("bn_act", "act_bn", "act"):
             raise ValueError(f"order is {config.order!r}; it must be 'bn_act', 'act_bn' or 'act'")
         if config.init not in ("he", "reference"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,24 +43,24 @@ def plan_resnet(depths: Sequence[int], width: float, stochastic_depth_rate: floa
             channels, index = out_channels, index + 1
 
 
-def check_resnet(config: "nn.Module | object") -> None:
-    """Raise ValueError for values that no ResNet of this package can have; the message names the field."""
-    bounds = {"drop_rate": (0, 1), "stochastic_depth_rate": (0, 1)}
-    for field, (low, high) in bounds.items():
+def check_config(config: Any) -> None:
+    """Raise ValueError for values that no network of this package can have; the message names the field."""
+    for field in ("drop_rate", "stochastic_depth_rate"):
         value = getattr(config, field)
-        if not low <= value < high:
-            raise ValueError(f"{field} is {value}; it must be in [{low}, {high})")
+        if not 0 <= value < 1:
+            raise ValueError(f"{field} is {value}; it must be in [0, 1)")
     for field, least in {"num_classes": 0, "in_channels": 1}.items():
         value = getattr(config, field)
         if int(value) != value or value < least:
             raise ValueError(f"{field} is {value}; it must be a whole number of at least {least}")
-    for field in ("width", "se_ratio", "alpha"):
-        value = getattr(config, field, 1)
-        if not (value > 0 or (value == 0 and field != "width")):
-            raise ValueError(f"{field} is {value}; it must be positive")
-    padding = getattr(config, "padding")
-    if padding not in ("same", "symmetric"):
-        raise ValueError(f"padding is {padding!r}; it must be 'same' or 'symmetric'")
+    if int(16 * config.width) < 1:
+        raise ValueError(f"width is {config.width}; it must be at least 1/16, for a stem of one channel")
+    for field in ("se_ratio", "alpha"):
+        value = getattr(config, field, 0)
+        if not value >= 0:
+            raise ValueError(f"{field} is {value}; it must not be negative")
+    if config.padding not in ("same", "symmetric"):
+        raise ValueError(f"padding is {config.padding!r}; it must be 'same' or 'symmetric'")
 
 
 class Head(nn.Module):

@@ -116,5 +116,3 @@ def init_truncated_normal(weight: Tensor) -> None:
     """Haiku's default: a normal of variance 1/fan_in, cut at two standard deviations (which leaves 0.774/fan_in)."""
     std = weight[0].numel() ** -0.5
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-

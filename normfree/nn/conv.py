@@ -23,7 +23,8 @@ class _SamePadding(nn.modules.conv._ConvNd):
         *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         same = padding == "same"
-        super().__init__(in_channels, out_channels, kernel_size, stride, 0 if same else padding, *args, **kwargs)
+        plain_padding: Any = 0 if same else padding
+        super().__init__(in_channels, out_channels, kernel_size, stride, plain_padding, *args, **kwargs)
         if same:
             self.padding = "same"
 
@@ -110,8 +111,8 @@ class _ScaledWS(_SamePadding):
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """W_eff, of the weight's shape, and b_eff (out_channels,) or None: those of the plain convolution that this is.
 
-            W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
-            b_eff = out_scale · skip_gain · bias
+        W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
+        b_eff = out_scale · skip_gain · bias
         """
         out_scale = self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain
         scale = self.gain * (self.in_scale * out_scale)

@@ -46,9 +46,7 @@ class _Standardize(torch.autograd.Function):
     def forward(weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         filters, fan_in = weight.shape[0], weight[0].numel()
         rows = weight.reshape(1, filters, fan_in)
-        out, mean, rstd = torch.native_group_norm(
-            rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY
-        )
+        out, mean, rstd = torch.native_group_norm(rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY)
         shrink = (rstd[0].reciprocal() * (fan_in / eps) ** 0.5).clamp(max=1)
         return out.view(filters, fan_in).mul_(shrink[:, None]).view_as(weight), mean, rstd, shrink
 
@@ -61,7 +59,8 @@ class _Standardize(torch.autograd.Function):
         ctx.save_for_backward(weight, scale, mean, rstd, shrink)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        grad = grads[0]
         if grad is None:
             return None, None, None
         weight, scale, mean, rstd, shrink = ctx.saved_tensors

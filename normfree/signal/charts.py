@@ -70,14 +70,20 @@ class SignalFigure:
         for label, row in rows.items():
             data = [point for name, report in row for point in _points(name, report)]
             charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
+            charts = [chart for chart in charts if chart is not None]
+            if not lines and charts:
+                # The selection belongs to one view; the others refer to it by its name.
+                charts[0].layer[0] = charts[0].layer[0].add_params(shown)
             line = alt.hconcat(*charts, spacing=24)
             lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
-        chart = alt.vconcat(*lines, spacing=28).add_params(shown)
+        chart = alt.vconcat(*lines, spacing=28)
         if title:
             chart = chart.properties(title=alt.Title(title, subtitle=_CAPTION, anchor="start", fontSize=16, offset=12))
         chart = (
             chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.5)
-            .configure_legend(labelFontSize=12, titleFontSize=12, labelLimit=0, symbolStrokeWidth=3, orient="top", columns=4)
+            .configure_legend(
+                labelFontSize=12, titleFontSize=12, labelLimit=0, symbolStrokeWidth=3, orient="top", columns=4
+            )
             .configure_view(stroke="#cccccc")
         )
         return chart.to_dict()
@@ -111,7 +117,11 @@ class SignalFigure:
         # "<" cannot appear in the JSON, so no module's name can end the script element.
         spec = json.dumps(self.to_vega_lite()).replace("<", "\\u003c")
         return _PAGE.format(
-            title=html.escape(title), caption=_CAPTION, sections=sections, spec=spec, bundle=_vl_convert().javascript_bundle()
+            title=html.escape(title),
+            caption=_CAPTION,
+            sections=sections,
+            spec=spec,
+            bundle=_vl_convert().javascript_bundle(),
         )
 
     def _repr_html_(self) -> str:
@@ -155,8 +165,12 @@ def _points(name: str, report: SignalReport) -> list[dict[str, Any]]:
 
 
 def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, color: Any) -> Any:
+    """One panel, or None where there is nothing that it could show."""
     data = [point for point in data if point["statistic"] == statistic]
-    x = alt.X("block:Q", title="residual block", axis=alt.Axis(tickMinStep=1, format="d")).scale(nice=False, padding=8)
+    if not data:
+        return None
+    axis_title = "residual block" if data[0]["shortcut"] != "none" else "weight layer"
+    x = alt.X("block:Q", title=axis_title, axis=alt.Axis(tickMinStep=1, format="d")).scale(nice=False, padding=8)
     log = alt.Scale(type="log", nice=True)
     label = "abs(log(datum.value)) < 12 ? format(datum.value, '~r') : format(datum.value, '.0e')"
     axis = alt.Axis(values=_DECADES, labelExpr=label, labelOverlap=True)
@@ -164,16 +178,21 @@ def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, col
     tooltip = [
         "model:N", "module:N", "stage:Q", "shape:N", "shortcut:N",
         alt.Tooltip("value:Q", format=".4g", title=title.lower()),
-        alt.Tooltip("low:Q", format=".4g", title="lowest seed"), alt.Tooltip("high:Q", format=".4g", title="highest seed"),
+        alt.Tooltip("low:Q", format=".4g", title="lowest seed"),
+        alt.Tooltip("high:Q", format=".4g", title="highest seed"),
         alt.Tooltip("expected:Q", format=".4g", title="expected"),
     ]  # fmt: skip
-    base = alt.Chart(alt.Data(values=data)).transform_filter({"param": "shown"})
+    base = alt.Chart(alt.Data(values=data)).transform_filter({"param": "shown", "empty": False})
     band = base.mark_area(fillOpacity=0.2).encode(x, alt.Y("low:Q").scale(log), alt.Y2("high:Q"), color)
-    expected = base.mark_line(strokeDash=[3, 3], strokeWidth=1, opacity=0.8).encode(x, alt.Y("expected:Q").scale(log), color)
+    expected = base.mark_line(strokeDash=[3, 3], strokeWidth=1, opacity=0.8).encode(
+        x, alt.Y("expected:Q").scale(log), color
+    )
     line = base.mark_line(strokeWidth=2).encode(x, y, color)
     dots = base.mark_circle(size=36, opacity=1).encode(x, y, color, tooltip=tooltip)
     layers = [band, line, dots] + ([expected] if any(p["expected"] for p in data) else [])
-    return alt.layer(*layers).properties(width=300, height=260, title=alt.Title(title, fontSize=13, fontWeight="normal"))
+    return alt.layer(*layers).properties(
+        width=300, height=260, title=alt.Title(title, fontSize=13, fontWeight="normal")
+    )
 
 
 def _section(name: str, label: str, report: SignalReport) -> str:
@@ -232,7 +251,8 @@ th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
 <script type="module">
 {bundle}
 const spec = JSON.parse(document.getElementById("spec").textContent);
-await vegaEmbed("#chart", spec, {{ mode: "vega-lite", actions: {{ export: true, source: false, compiled: false, editor: false }} }});
+const actions = {{ export: true, source: false, compiled: false, editor: false }};
+await vegaEmbed("#chart", spec, {{ mode: "vega-lite", actions }});
 document.body.dataset.drawn = "true";
 </script>
 </body>

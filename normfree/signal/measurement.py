@@ -51,22 +51,24 @@ def characterize(
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
-    module = model if isinstance(model, nn.Module) else None
-    if module is None and not callable(model):
+    is_module = isinstance(model, nn.Module)
+    if not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module, or a function that makes one")
     drawn = inputs is None or (callable(inputs) and not isinstance(inputs, Tensor))
-    if module is not None and seeds > 1 and not drawn:
-        raise ValueError(f"seeds is {seeds}, but neither this model nor these inputs are drawn: give a factory, or None")
+    if is_module and seeds > 1 and not drawn:
+        raise ValueError(
+            f"seeds is {seeds}, but neither this model nor these inputs are drawn: give a factory, or None"
+        )
     reports = []
     for seed in range(seeds):
         with _isolated_rng(), torch.inference_mode(False):
             torch.manual_seed(seed)
-            net = module if module is not None else model()
+            net = model if isinstance(model, nn.Module) else model()
             if not isinstance(net, nn.Module):
                 raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
             net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
             _refuse_lazy(net)
-            batch = noise(net) if inputs is None else inputs(net) if drawn else inputs
+            batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
             report = measurement.report(open_branches)
         reports.append(report)
@@ -108,7 +110,9 @@ class _Measurement:
                     for row, other in zip(records.rows, after.rows, strict=True)
                 ]
         if not records.rows:
-            raise SignalError(f"{type(self.model).__name__} passed its inputs through no weight layer: nothing to measure")
+            raise SignalError(
+                f"{type(self.model).__name__} passed its inputs through no weight layer: nothing to measure"
+            )
         return SignalReport(
             model=type(self.model).__name__,
             inputs=describe(self.args, self.kwargs),
@@ -170,7 +174,9 @@ class _Measurement:
         record = self._record(node, shortcut=join.shortcut, residual_variance=residual)
         if record.gradient_variance is None:
             return record
-        return dataclasses.replace(record, gradient_residual_variance=record.gradient_variance * scale**2)
+        return dataclasses.replace(
+            record, gradient_residual_variance=record.gradient_variance * (scale * join.factor) ** 2
+        )
 
     def _record(self, node: Node, *, shortcut: str, residual_variance: float | None) -> SignalRecord:
         assert node.statistics is not None
@@ -215,8 +221,8 @@ def _declared_scale(module: nn.Module) -> float:
     scale = 1.0
     for attribute in ("out_scale", "skip_gain"):
         value = getattr(module, attribute, None)
-        if isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1):
-            scale *= float(value.detach()) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor) and value.numel() == 1:
+            scale *= float(value.detach())
     return scale
 
 

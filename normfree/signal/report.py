@@ -170,9 +170,12 @@ def save(reports: Sequence[SignalReport], path: str | Path) -> Path:
     suffix = path.suffix.lower()
     if suffix == ".json":
         documents = [
-            dataclasses.asdict(report) | {"records": report.to_dicts(), "verdicts": report.verdicts} for report in reports
+            dataclasses.asdict(report) | {"records": report.to_dicts(), "verdicts": report.verdicts}
+            for report in reports
         ]
-        path.write_text(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n", encoding="utf-8"
+        )
     elif suffix == ".csv":
         path.write_text(_to_csv(reports), encoding="utf-8")
     else:

@@ -29,6 +29,7 @@ class Join:
     shortcut: str  # identity, projection, pooling, padding or elementwise
     branch_statistics: Tensor | None  # at the end of the branch, before `scale`
     scale: float  # product of the scalars between the end of the branch and the addition
+    factor: float  # of the branch in the addition itself (alpha of torch.add)
     end_module: str  # the module that computed the end of the branch
     parameters: tuple[str, ...]  # parameters that multiply the branch after its end (SkipInit, LayerScale)
 
@@ -46,9 +47,12 @@ def find_joins(tape: Tape) -> list[Join]:
             children[parent].append(node)
     joins = []
     for node in tape.nodes:
-        if node.terms and (join := _join(tape.nodes, node)) and not _feeds_only_gates(node, children):
-            if join.shortcut != "projection" or len(node.shape) > 2 or _meets_weights(node, children):
-                joins.append(join)
+        join = _join(tape.nodes, node) if node.terms else None
+        if join is None or _feeds_only_gates(node, children):
+            continue
+        sums_classifiers = join.shortcut == "projection" and len(node.shape) == 2 and not _meets_weights(node, children)
+        if not sums_classifiers:
+            joins.append(join)
     return joins
 
 
@@ -68,6 +72,7 @@ def _join(nodes: list[Node], node: Node) -> Join | None:
         shortcut=_shortcut_kind(nodes, ancestor, node.terms[shortcut].node, lengths[shortcut][0]),
         branch_statistics=statistics,
         scale=scale,
+        factor=node.terms[branch].factor,
         end_module=end.module,
         parameters=parameters,
     )

@@ -24,11 +24,9 @@ def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
     if x.ndim == 1:
         x = x[None]
         axis += 1
-    if axis == x.ndim - 1:
-        # Seen as one image of width 1 in channels_last layout: a single pass for the kernel below.
-        x = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    else:
-        x = x.movedim(axis, 1)
+    # Channels last are seen as one image of width 1 in channels_last layout: a single pass for the kernel below.
+    last = axis == x.ndim - 1
+    x = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2) if last else x.movedim(axis, 1)
     if x.device.type in ("cpu", "cuda"):
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:

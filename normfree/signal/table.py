@@ -27,16 +27,18 @@ def rich_table(report: "SignalReport") -> Any:
 
 
 def plain_text(report: "SignalReport") -> str:
+    """For pipes, files and `print`."""
     columns, rows = cells(report)
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     lines = [title(report)]
     for row in (columns, *rows):
-        cells = [cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
+        padded = [c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(padded).rstrip())
     return "\n".join([*lines, *footer(report)])
 
 
 def title(report: "SignalReport") -> str:
+    """What was measured, in a line."""
     seeds = f", {report.seeds} seeds" if report.seeds > 1 else ""
     return f"{report.model}: signal at {len(report)} {report.kind}s, inputs {report.inputs}{seeds}"
 
@@ -51,6 +53,7 @@ def footer(report: "SignalReport") -> list[str]:
 
 
 def cells(report: "SignalReport") -> tuple[list[str], list[list[str]]]:
+    """Column names, and a row of text per record; columns without a value are left out."""
     columns = {
         "module": lambda r: r.name,
         "stage": lambda r: str(r.stage),

@@ -5,9 +5,10 @@ running. Only what descends from the inputs ("activations") becomes a node, and 
 tensor, so memory does not grow with depth.
 """
 
+import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         self.flush_gradient_hooks()
         op = func._schema.name.split("::")[1]
-        tensors = [t for t in _tensors(args)] + [t for t in _tensors(kwargs.values())]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         parents = self._parents(tensors)
         # Before the call: an operation in place overwrites what it reads.
         terms = self._terms(op, args, kwargs) if parents else ()
@@ -249,13 +250,13 @@ class _Recorder(TorchDispatchMode):
         sign = _ADDITIONS.get(op)
         if sign is None:
             return ()
-        tensors = [a for a in args[:2] if isinstance(a, Tensor)]
-        if op.startswith("addcmul"):
-            factor = float(kwargs.get("value", args[3] if len(args) > 3 else 1))
-            if self._lookup(args[1]) is None:
-                tensors[1] = args[2]
+        operands = list(args)
+        if op.startswith("addcmul"):  # x + value · a · b: of the product, the factor that is an activation
+            factor = float(kwargs.get("value", 1))
+            operands[1] = operands[1] if self._is_activation(operands[1]) else operands[2]
         else:
-            factor = sign * float(kwargs.get("alpha", args[2] if len(args) > 2 else 1))
+            factor = sign * float(kwargs.get("alpha", 1))
+        tensors = [operand for operand in operands[:2] if isinstance(operand, Tensor)]
         nodes = [self._parents([t]) for t in tensors]
         if len(tensors) < 2 or not all(nodes) or not all(t.is_floating_point() for t in tensors):
             return ()
@@ -263,7 +264,8 @@ class _Recorder(TorchDispatchMode):
         if not _same_but_for_space(tensors[0], tensors[1], axis):
             return ()
         return tuple(
-            Operand(n[-1], f, self._reduce(n[-1], t, axis)) for n, t, f in zip(nodes, tensors, (1.0, factor), strict=True)
+            Operand(n[-1], f, self._reduce(n[-1], t, axis))
+            for n, t, f in zip(nodes, tensors, (1.0, factor), strict=True)
         )
 
     def _stacked_terms(self, args: tuple[Any, ...]) -> tuple[Operand, ...]:
@@ -333,8 +335,7 @@ class _Recorder(TorchDispatchMode):
         for reference, index in self.awaiting_hook:
             tensor = reference()
             if tensor is not None and tensor.requires_grad and self.on_gradient is not None:
-                on_gradient = self.on_gradient
-                tensor.register_hook(lambda gradient, index=index: on_gradient(index, gradient))
+                tensor.register_hook(functools.partial(self.on_gradient, index))
         self.awaiting_hook.clear()
 
 
@@ -377,7 +378,7 @@ def _same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:
     )
 
 
-def _channel_axis(op: str, args: tuple[Any, ...], parents: list[Node], out: Tensor) -> int | None:
+def _channel_axis(op: str, args: Sequence[Any], parents: list[Node], out: Tensor) -> int | None:
     """Where the channels of an operation's output are, from where its input has them; None where that is lost."""
     if "conv" in op or "batch_norm" in op or "group_norm" in op:
         return min(1, out.ndim - 1)
@@ -392,7 +393,7 @@ def _channel_axis(op: str, args: tuple[Any, ...], parents: list[Node], out: Tens
     if op == "permute":
         return [d % ndim for d in args[1]].index(axis)
     if op in ("transpose", "transpose_", "t"):
-        first, second = (args[1] % ndim, args[2] % ndim) if op != "t" else (0, 1)
+        first, second = (0, 1) if op == "t" else (args[1] % ndim, args[2] % ndim)
         return {first: second, second: first}.get(axis, axis)
     if op in ("unsqueeze", "unsqueeze_", "stack"):
         at = args[1] if len(args) > 1 else 0

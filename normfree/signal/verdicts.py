@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _too_small(report: "SignalReport", limit: float) -> str | None:
     if record is None:
         return None
     return (
-        f"variance falls below {_number(limit)} at {record.name} ({_number(record.variance)}): the signal vanishes, the "
-        "weights before it are too small for the activation"
+        f"variance falls below {_number(limit)} at {record.name} ({_number(record.variance)}): the signal vanishes, "
+        "the weights before it are too small for the activation"
     )
 
 
@@ -111,9 +111,15 @@ def _against_the_ledger(report: "SignalReport") -> str | None:
     known = [(r, r.variance / r.expected_variance) for r in report if r.expected_variance]
     if not known:
         return None
-    record, ratio = max(known, key=lambda item: abs(math.log(max(item[1], 1e-300))))
-    if abs(ratio - 1) <= 0.25:
-        return f"variance follows the prediction, 1 + α² per block, within {abs(ratio - 1):.0%}"
+    low, high = min(ratio for _, ratio in known), max(ratio for _, ratio in known)
+    if low >= 0.75 and high <= 1.25:
+        return f"variance follows the prediction, 1 + α² per block, within {max(1 - low, high - 1):.0%}"
+    if low >= 0.25 and high <= min(4, 1.5 * low):
+        return (
+            f"variance follows the prediction, 1 + α² per block, at {low:.2f} to {high:.2f} of its size: the "
+            "prediction is for white inputs of unit variance"
+        )
+    record, _ = max(known, key=lambda item: abs(math.log(max(item[1], 1e-300))))
     return (
         f"variance departs from the prediction: {_number(record.variance)} at {record.name}, expected "
         f"{_number(record.expected_variance or 0.0)}"
@@ -125,7 +131,7 @@ def _linear_growth(report: "SignalReport") -> str | None:
     steps, resets, last = [], [], None
     for _, group in groupby(report, key=lambda r: r.stage):
         stage = list(group)
-        steps += [b.variance - a.variance for a, b in zip(stage, stage[1:], strict=False)]
+        steps += [b.variance - a.variance for a, b in pairwise(stage)]
         if last is not None and stage[0].variance < last:
             resets.append(stage[0].name)
         last = stage[-1].variance

@@ -1,0 +1,51 @@
+"""What several tests need: the authors' numbers, and comparisons that print what differs."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from normfree.models import create_model
+from normfree.models.checkpoints import load_haiku
+from tests.fixtures.recipe import make_input, make_param
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@functools.cache
+def reference_json(name: str) -> Any:
+    return json.loads((FIXTURES / name).read_text())
+
+
+@functools.cache
+def reference_arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name) as arrays:
+        return dict(arrays)
+
+
+def nchw(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "value") -> None:
+    """max|difference| ≤ tolerance · max(1, max|expected|), the rule of the reference."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    difference = float(np.abs(actual - expected).max()) if actual.size else 0.0
+    bound = tolerance * max(1.0, float(np.abs(expected).max()) if expected.size else 0.0)
+    assert difference <= bound, f"{what}: differs by {difference:.3g}, more than {bound:.3g}, shape {actual.shape}"
+
+
+def reference_network(case: str, name: str, dtype: torch.dtype, **arguments: Any) -> tuple[nn.Module, torch.Tensor]:
+    """The network of a `forward_<case>.npz` with the recipe's parameters, and its input."""
+    arrays = reference_arrays(f"forward_{case}.npz")
+    meta, shapes = (json.loads(str(arrays[key])) for key in ("meta", "shapes"))
+    model = create_model(
+        name, width=meta["width"], num_classes=10, dtype=dtype, stochastic_depth_rate=0.0, **arguments
+    )
+    load_haiku(model, {key: make_param(key, shape) for key, shape in shapes.items()})
+    return model.train(meta["is_training"]), nchw(make_input(meta["input_shape"])).to(dtype)

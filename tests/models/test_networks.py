@@ -1,0 +1,140 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from normfree import create_model, list_models
+from normfree.nn import ScaledWSConv2d
+from tests.helpers import assert_close, reference_json
+
+ZOO = reference_json("zoo_reference.json")
+OURS = {r"NF_ResNet(\d+)-width4": "nf_resnet{}", r"ResNet(\d+)-BN-preact-width4": "bn_resnet{}"}
+
+
+def zoo_entries():
+    for entry in ZOO:
+        for pattern, name in OURS.items():
+            if match := re.fullmatch(pattern + "(-se)?", entry):
+                yield entry, name.format(match[1]), 0.25 if match[2] else 0.0
+
+
+@pytest.mark.parametrize(("entry", "name", "se_ratio"), list(zoo_entries()))
+def test_parameter_counts_equal_the_reference(entry, name, se_ratio):
+    with torch.device("meta"):
+        model = create_model(name, se_ratio=se_ratio)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == ZOO[entry]["params"], f"{entry}: {count} parameters, expected {ZOO[entry]['params']}"
+
+
+def test_every_depth_is_there_in_every_form():
+    depths = (26, 50, 101, 152, 200, 288, 600)
+    forms = ("nf_resnet{}", "nf_resnet{}_unstandardized", "bn_resnet{}", "bn_resnet{}_relu_bn", "unnormalized_resnet{}")
+    assert sorted(list_models()) == sorted(form.format(depth) for form in forms for depth in depths)
+
+
+def test_betas_equal_the_reference():
+    model = create_model("nf_resnet50", width=0.25, dtype=torch.float64)
+    scales = [block.conv0.in_scale.item() for stage in model.stages for block in stage]
+    gamma = scales[0]  # β of the first block is 1
+    assert [scale / gamma for scale in scales] == pytest.approx(ZOO["NF_ResNet50-width4"]["beta"], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "bn_resnet26", "bn_resnet26_relu_bn", "unnormalized_resnet26"])
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("size", [(57, 57), (64, 96), (33, 34), (1, 1)])
+def test_any_height_and_width(name, padding, size):
+    model = create_model(name, width=0.25, num_classes=7, padding=padding).eval()
+    assert model(torch.randn(2, 3, *size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu_tanh", "selu"])
+def test_no_example_sees_another(activation):
+    torch.manual_seed(0)
+    model = create_model(
+        "nf_resnet26", width=0.5, num_classes=5, activation=activation, se_ratio=0.25, skip_gain=0.5,
+        stochastic_depth_rate=0.0, dtype=torch.float64,
+    )  # fmt: skip
+    x = torch.randn(4, 3, 40, 33, dtype=torch.float64)
+    alone = torch.cat([model(example[None]) for example in x])
+    assert_close(model(x).detach(), alone.detach(), 1e-12)
+
+
+def test_starts_as_its_shortcuts():
+    """With SkipInit gains 0 the branches add nothing."""
+    model = create_model("nf_resnet26", width=0.25).eval()
+    block = model.stages[0][1]
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_arguments_reach_the_network():
+    model = create_model("nf_resnet26", width=1, num_classes=0, in_channels=1, drop_rate=0.3, se_ratio=0.5, alpha=0.3)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 512)
+    assert model.head.drop.p == 0.3
+    assert model.stages[0][0].gate.out_scale.item() == pytest.approx(0.3)
+    assert model.stages[0][0].conv2.out_scale.item() == 1
+    assert model.stages[0][0].gate.fc0.out_features == 32
+    reference, exact = (create_model("nf_resnet26", width=0.25, gains=g) for g in ("reference", "exact"))
+    ratio = reference.head.in_scale / exact.head.in_scale
+    assert ratio.item() == pytest.approx(1.7139588594436646 / 1.71285855044966, rel=1e-6)
+
+
+def test_ablations_change_what_they_say():
+    scaled = create_model("nf_resnet26_unstandardized", width=0.5)
+    convolutions = [m for m in scaled.modules() if isinstance(m, ScaledWSConv2d)]
+    assert not any(conv.standardize for conv in convolutions)
+    assert scaled.stages[0][1].conv0.in_scale.item() == pytest.approx(1.04**-0.5)  # β kept, γ = 1
+    assert scaled.stages[0][1].conv2.out_scale.item() == pytest.approx(0.2)  # α kept
+    bare = create_model("unnormalized_resnet26", width=0.5)
+    kinds = {type(m) for m in bare.modules()}
+    assert not any("Norm" in kind.__name__ or kind is ScaledWSConv2d for kind in kinds)
+
+
+def test_order_of_operations():
+    for name, kinds in (("bn_resnet26", [nn.BatchNorm2d, nn.ReLU]), ("bn_resnet26_relu_bn", [nn.ReLU, nn.BatchNorm2d])):
+        model = create_model(name, width=0.25)
+        assert [type(m) for m in model.stages[0][0].pre0] == kinds
+        assert [type(m) for m in model.final] == kinds
+
+
+@pytest.mark.parametrize("init", ["he", "reference"])
+def test_initialisation_of_the_batch_norm_networks(init):
+    torch.manual_seed(0)
+    model = create_model("bn_resnet26", width=2, init=init)
+    weight = model.stages[3][1].conv1.weight
+    variance = (weight.var() * weight[0].numel()).item()
+    assert variance == pytest.approx({"he": 2, "reference": 0.774}[init], rel=0.02), f"var · fan_in = {variance:.3f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("nf_resnet51", {}, "did you mean nf_resnet5"),
+        ("nf_resnet50", {"widht": 1}, "no argument 'widht'"),
+        ("nf_resnet50", {"activation": "rleu"}, "rleu"),
+        ("nf_resnet50", {"num_classes": -1}, "num_classes is -1"),
+        ("nf_resnet50", {"stochastic_depth_rate": 1.0}, "stochastic_depth_rate is 1.0"),
+        ("nf_resnet50", {"padding": "valid"}, "padding is 'valid'"),
+        ("nf_resnet50", {"width": 0}, "width is 0"),
+        ("nf_resnet50", {"gains": "authors"}, "source is 'authors'"),
+        ("bn_resnet50", {"alpha": 0.2}, "no argument 'alpha'"),
+        ("bn_resnet50", {"init": "xavier"}, "init is 'xavier'"),
+    ],
+)
+def test_errors_name_the_argument(name, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        create_model(name, **arguments)
+
+
+def test_configurations_are_frozen():
+    model = create_model("nf_resnet26", width=0.25)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.config.width = 2
+
+
+def test_dtype_is_restored_after_an_error():
+    with pytest.raises(ValueError, match="width"):
+        create_model("nf_resnet26", width=0, dtype=torch.float64)
+    assert torch.get_default_dtype() == torch.float32

@@ -1,0 +1,73 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normfree.models import create_model
+from normfree.nn import MaxPool2d, SqueezeExcite, VarianceLedger
+from tests.helpers import assert_close, nchw, reference_arrays
+
+UNITS = reference_arrays("units_f64.npz")
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 8])
+def test_max_pooling_equals_the_reference(size):
+    case = f"max_pool3_same_s2/hw{size}"
+    assert torch.equal(MaxPool2d()(nchw(UNITS[f"{case}/x"])), nchw(UNITS[f"{case}/y"]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 13), width=st.integers(1, 13))
+def test_max_pooling_of_any_size(height, width):
+    x = torch.randn(1, 2, height, width)
+    pads = []
+    for size in (width, height):
+        total = max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0)
+        pads += [total // 2, total - total // 2]
+    assert torch.equal(MaxPool2d()(x), F.max_pool2d(F.pad(x, pads, value=-math.inf), 3, 2))
+    assert torch.equal(MaxPool2d("symmetric")(x), F.max_pool2d(x, 3, 2, 1))
+
+
+def test_squeeze_excite_equals_the_reference():
+    x = nchw(UNITS["se/x"])
+    gate = SqueezeExcite(x.shape[1], 0.5).double()
+    with torch.no_grad():
+        for layer, name in ((gate.fc0, "linear"), (gate.fc1, "linear_1")):
+            layer.weight.copy_(torch.from_numpy(UNITS[f"se/squeeze_excite/~/{name}//w"]).T)
+            layer.bias.copy_(torch.from_numpy(UNITS[f"se/squeeze_excite/~/{name}//b"]))
+    # The reference's module returns the gate alone.
+    assert_close(gate(x).detach(), x * nchw(UNITS["se/y"]), 1e-10)
+
+
+def test_gate_carries_the_branch_s_scales():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, 5)
+    scaled, plain = SqueezeExcite(8, 0.25, gate_scale=2, out_scale=0.2, skip_gain=0.5), SqueezeExcite(8, 0.25)
+    plain.load_state_dict({**scaled.state_dict(), "out_scale": torch.tensor(1.0)}, strict=False)
+    assert_close(scaled(x).detach(), (2 * 0.2 * 0.5 * plain(x)).detach(), 1e-6)
+
+
+def test_stochastic_depth_drops_branches_of_examples_without_rescaling():
+    torch.manual_seed(0)
+    model = create_model("nf_resnet26", width=0.25, skip_gain=1.0, stochastic_depth_rate=0.9, num_classes=4)
+    block = model.stages[3][1]
+    assert block.drop_rate == pytest.approx(0.9 * 7 / 8)
+    x = torch.randn(64, 128, 4, 4)
+    kept = block.eval()(x) - x
+    out = block.train()(x) - x
+    dropped = out.flatten(1).abs().amax(1) == 0
+    assert 0.6 < dropped.float().mean() < 0.95, f"dropped {dropped.float().mean():.2f}, rate {block.drop_rate:.2f}"
+    assert torch.allclose(out[~dropped], kept[~dropped], atol=1e-6)
+
+
+def test_ledger():
+    ledger = VarianceLedger(0.2)
+    betas, variances = [], []
+    for first in (True, False, False, True, False):
+        betas.append(ledger.enter_block(first_in_stage=first))
+        variances.append(ledger.variance)
+    assert betas == pytest.approx([1, 1.04**-0.5, 1.08**-0.5, 1.12**-0.5, 1.04**-0.5])
+    assert variances == pytest.approx([1.04, 1.08, 1.12, 1.04, 1.08])

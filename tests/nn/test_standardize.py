@@ -1,0 +1,88 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import grad, vmap
+
+from normfree.nn import standardize
+from tests.helpers import assert_close
+
+
+def formula(weight, scale, eps=1e-4):
+    """W_eff as the paper writes it, in differentiable operations."""
+    rows = weight.flatten(1)
+    variance, mean = torch.var_mean(rows, dim=1, correction=0, keepdim=True)
+    return ((rows - mean) * torch.rsqrt((variance * rows.shape[1]).clamp(min=eps)) * scale[:, None]).view_as(weight)
+
+
+def weights(dtype=torch.float64):
+    """Ordinary filters, one nearly constant (clamped), one constant, one large."""
+    torch.manual_seed(0)
+    weight = 0.2 * torch.randn(8, 4, 3, 3, dtype=dtype)
+    weight[2] = 0.5 + weight[2] * 1e-4
+    weight[3] = 0.25
+    weight[4] *= 1e3
+    return weight, torch.randn(8, dtype=dtype)
+
+
+@pytest.mark.parametrize("eps", [1e-4, 1e-2, 1.0])
+def test_values_and_gradients_are_those_of_the_formula(eps):
+    results = []
+    for function in (standardize, formula):
+        weight, scale = (t.requires_grad_() for t in weights())
+        out = function(weight, scale, eps)
+        cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+        results.append([out.detach(), *torch.autograd.grad(out, (weight, scale), cotangent)])
+    for actual, expected, what in zip(*results, ("value", "grad_weight", "grad_scale"), strict=True):
+        assert_close(actual, expected, 1e-12, what)
+
+
+def test_gradcheck():
+    weight, scale = weights()
+    assert torch.autograd.gradcheck(standardize, (weight[:3].requires_grad_(), scale[:3].requires_grad_()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    filters=st.integers(1, 6),
+    channels=st.integers(1, 5),
+    kernel=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    spread=st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 1e3]),
+    mean=st.sampled_from([0.0, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_any_shape_and_scale(filters, channels, kernel, spread, mean, dtype):
+    weight = (mean + spread * torch.randn(filters, channels, *kernel, dtype=dtype)).requires_grad_()
+    out = standardize(weight, torch.ones(filters, dtype=dtype))
+    expected = formula(weight.double(), torch.ones(filters, dtype=torch.float64))
+    # A mean of 1 in float32 leaves 1e-7 of rounding in W, which the standardization enlarges by up to 1/√eps.
+    assert_close(out.detach().double(), expected.detach(), 1e-10 if dtype == torch.float64 else 3e-4)
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+    assert bool(torch.isfinite(gradient).all())
+
+
+def test_bfloat16_is_the_rounded_float32():
+    weight, scale = (t.bfloat16() for t in weights(torch.float32))
+    out = standardize(weight, scale)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, standardize(weight.float(), scale.float()).bfloat16())
+
+
+def test_per_sample_gradients_equal_a_loop():
+    weight, scale = weights()
+    xs = torch.randn(5, *weight.shape, dtype=weight.dtype)
+
+    def loss(weight, scale, x):
+        return (standardize(weight, scale) * x).square().sum()
+
+    together = vmap(grad(loss, (0, 1)), (None, None, 0))(weight, scale, xs)
+    apart = [grad(loss, (0, 1))(weight, scale, x) for x in xs]
+    for i, what in enumerate(("weight", "scale")):
+        assert_close(together[i], torch.stack([gradients[i] for gradients in apart]), 1e-10, what)
+
+
+def test_vmap_over_weights():
+    weight, scale = weights()
+    stacked = torch.stack([weight, 2 * weight + 1])
+    out = vmap(standardize, (0, None))(stacked, scale)
+    assert_close(out, torch.stack([standardize(w, scale) for w in stacked]), 1e-12)
