@@ -1,10 +1,13 @@
 """`normfree spp`: signal propagation of any models."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
+from torch import Tensor, nn
 
 from normfree.cli.output import check_writable, progress, show
 from normfree.images import batch_function
@@ -43,22 +46,19 @@ def spp(
     if out is not None:
         check_writable(out, (*SUFFIXES, *DATA_SUFFIXES))
     factories = {name: model_factory(name) for name in models}
-
-    def draw(model):
-        if input == "noise":
-            return noise(model, batch, size)
-        return batch_function(input, batch, lambda model: input_shape(model, size))(model)
+    draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=size)
+    if input != "noise":
+        draw = batch_function(input, batch, functools.partial(input_shape, size=size))
 
     reports: list[SignalReport] = []
+    console = Console()
     with progress() as bar:
         task = bar.add_task("", total=len(factories))
         for name, factory in factories.items():
             bar.update(task, description=name)
             reports.append(characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name))
+            show(console, reports[-1])
             bar.advance(task)
-    console = Console()
-    for report in reports:
-        show(console, report)
     if out is not None:
         compare(reports, title="Signal propagation at initialisation").save(out)
         console.print(f"written: {out}", highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Parameters from the authors' Haiku networks."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def load_haiku(
     Raises ValueError that lists everything missing, unexpected or of another shape; the model is then unchanged.
     """
     arrays = _flatten(params) | _flatten(state or {})
-    targets = dict(model.named_parameters())
+    targets: dict[str, Tensor] = dict(model.named_parameters())
     if state is not None:
         targets |= {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
     problems, values = [], {}
@@ -76,7 +76,7 @@ def _haiku_key(model: ResidualNetwork, name: str) -> str:
     inside = f"{network}/~/"
     if parts[0] == "stages":
         stage, position = int(parts[1]), int(parts[2])
-        index = sum(len(model.stages[s]) for s in range(stage)) + position  # type: ignore[arg-type]
+        index = sum(len(cast(nn.Sequential, model.stages[s])) for s in range(stage)) + position
         inside += block if index == 0 else f"{block}_{index}"
         if leaf == "skip_gain":
             return f"{inside}//skip_gain"

@@ -30,7 +30,7 @@ class _SamePadding(nn.modules.conv._ConvNd):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding != "same":
-            return super()._conv_forward(input, weight, bias)  # pyright: ignore[reportAttributeAccessIssue]
+            return super()._conv_forward(input, weight, bias)
         spatial = len(self.kernel_size)
         total = [
             same_padding(*axis)
@@ -88,9 +88,9 @@ class _ScaledWS(_SamePadding):
         self.standardize = standardize
         self._initial_skip_gain = skip_gain
         weight = self.weight
-        scales = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        self.register_buffer("in_scale", torch.tensor(in_scale, **scales))
-        self.register_buffer("out_scale", torch.tensor(out_scale, **scales))
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("in_scale", torch.tensor(in_scale, dtype=exact, device=weight.device))
+        self.register_buffer("out_scale", torch.tensor(out_scale, dtype=exact, device=weight.device))
         self.gain = nn.Parameter(weight.new_empty(out_channels))
         self.skip_gain = None if skip_gain is None else nn.Parameter(weight.new_empty(()))
         self.reset_parameters()

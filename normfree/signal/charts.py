@@ -66,7 +66,7 @@ class SignalFigure:
         panels = dict(_PANELS)
         if any(r.gradient_variance is not None for row in rows.values() for _, report in row for r in report):
             panels |= _GRADIENT_PANELS
-        lines = []
+        lines: list[Any] = []
         for label, row in rows.items():
             data = [point for name, report in row for point in _points(name, report)]
             charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]

@@ -97,7 +97,7 @@ class _Measurement:
         else:
             # LayerScale and the like are known by what they do: they multiply the end of a branch.
             multipliers = {p for join in records.joins for p in join.parameters} - set(closed)
-            closed += closed_multipliers(self.model, multipliers)
+            closed = closed + closed_multipliers(self.model, multipliers)
             if open_branches and len(closed) > len(records.opened):
                 records = self._measure(closed)
             elif not open_branches and any(r.residual_variance is None for r in records.rows):

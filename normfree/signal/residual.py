@@ -125,7 +125,8 @@ def _longest_paths(nodes: list[Node], ancestor: int, end: int) -> tuple[int, int
 def _walk_back(nodes: list[Node], term: Operand) -> tuple[Node, float, Tensor | None, tuple[str, ...]]:
     """From a term of the addition to where its branch ends: through scalars, stochastic depth and views."""
     # The statistics are those of the term's node: whatever scaled it before the addition is divided out by the caller.
-    node, scale, statistics, parameters = nodes[term.node], 1.0, term.statistics, ()
+    node, scale, statistics = nodes[term.node], 1.0, term.statistics
+    parameters: tuple[str, ...] = ()
     while len(node.parents) == 1:
         parameters += node.parameters
         if node.factor is not None:
@@ -141,7 +142,8 @@ def _walk_back(nodes: list[Node], term: Operand) -> tuple[Node, float, Tensor | 
 def _shortcut_kind(nodes: list[Node], ancestor: int, end: int, layers: int) -> str:
     if layers:
         return "projection"
-    operations = {nodes[index].op for index in _between(nodes, ancestor, end)} - _SAME_VALUES
+    path = [nodes[index] for index in _between(nodes, ancestor, end)]
+    operations = {node.op for node in path if node.factor != 1} - _SAME_VALUES
     if not operations:
         return "identity"
     if any("pool" in op for op in operations):

@@ -8,7 +8,7 @@ tensor, so memory does not grow with depth.
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,29 +17,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfree.signal.operations import (
+    ADDITIONS,
+    NOT_A_FUNCTION_OF_VALUES,
+    SCALINGS,
+    VIEWS,
+    WEIGHT_LAYERS,
+    channel_axis_after,
+    same_but_for_space,
+)
 from normfree.signal.statistics import channel_statistics
-
-# Operations that mix channels with a matrix, and where their activation operand and their weight stand.
-_WEIGHT_LAYERS = {
-    "convolution": (0, 1),
-    "_convolution": (0, 1),
-    "addmm": (1, 2),
-    "addmv": (1, 2),
-    "mm": (0, 1),
-    "mv": (0, 1),
-    "bmm": (0, 1),
-    "baddbmm": (1, 2),
-    "linear": (0, 1),
-    "mkldnn_rnn_layer": (0, 1),
-    "_cudnn_rnn": (0, 1),
-}
-_VIEWS = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "detach", "lift_fresh", "unsqueeze", "squeeze",
-    "expand", "clone", "_to_copy", "contiguous", "permute", "transpose", "t",
-}  # fmt: skip
-_ADDITIONS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0, "addcmul": 1.0, "addcmul_": 1.0}
-_SCALINGS = {"mul", "mul_", "div", "div_", "neg", "neg_"}
-_NOT_A_FUNCTION_OF_VALUES = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 
 
 @dataclass(slots=True)
@@ -158,7 +145,7 @@ class _Recorder(TorchDispatchMode):
             self._forget_overwritten(out, tensors)
             self._propagate_parameter(op, args, out)
             return out
-        if op.startswith(_NOT_A_FUNCTION_OF_VALUES):
+        if op.startswith(NOT_A_FUNCTION_OF_VALUES):
             return out
         written = self._written(func, args, kwargs)
         for tensor in _tensors((out,)):
@@ -183,14 +170,16 @@ class _Recorder(TorchDispatchMode):
             op,
             tensor,
             parents,
-            channel_axis=_channel_axis(op, args, [self.tape.nodes[p] for p in parents], tensor),
+            channel_axis=channel_axis_after(op, args, [self.tape.nodes[p] for p in parents], tensor),
             weight_layer=self._is_weight_layer(op, args),
             terms=terms,
         )
-        if op in _SCALINGS:
+        if op in SCALINGS:
             self._note_scaling(node, op, args)
+        if op == "add" and len(parents) == 1 and not isinstance(args[1], Tensor) and args[1] == 0:
+            node.factor = 1.0  # how Python's sum() begins
         if op == "stack":
-            node.stacked_along = (args[1] if len(args) > 1 else 0) % tensor.ndim
+            node.stacked_along = int(args[1] if len(args) > 1 else 0) % tensor.ndim
         if terms or (node.weight_layer and self.reduce_weight_layers):
             node.statistics = channel_statistics(tensor, node.channel_axis)
             if self.on_gradient is not None:
@@ -225,7 +214,7 @@ class _Recorder(TorchDispatchMode):
     def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         if not func._schema.is_mutable:
             return []
-        written = []
+        written: list[Tensor] = []
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -235,19 +224,19 @@ class _Recorder(TorchDispatchMode):
     # ---- what kind of operation
 
     def _is_weight_layer(self, op: str, args: tuple[Any, ...]) -> bool:
-        if op not in _WEIGHT_LAYERS:
+        if op not in WEIGHT_LAYERS:
             return False
         if "conv" in op or "rnn" in op:
             return True  # also where the weight is computed from the input (conditional convolutions)
         # Attention multiplies two activations; that is no weight layer.
-        activations = [self._is_activation(args[i]) for i in _WEIGHT_LAYERS[op]]
+        activations = [self._is_activation(args[i]) for i in WEIGHT_LAYERS[op]]
         return sum(activations) == 1
 
     def _terms(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Operand, ...]:
         """The terms of an addition of two or more activations, reduced to their statistics; else nothing."""
         if op in ("sum", "sum_"):
             return self._stacked_terms(args)
-        sign = _ADDITIONS.get(op)
+        sign = ADDITIONS.get(op)
         if sign is None:
             return ()
         operands = list(args)
@@ -261,7 +250,7 @@ class _Recorder(TorchDispatchMode):
         if len(tensors) < 2 or not all(nodes) or not all(t.is_floating_point() for t in tensors):
             return ()
         axis = next((a for n in nodes if (a := self.tape.nodes[n[-1]].channel_axis) is not None), None)
-        if not _same_but_for_space(tensors[0], tensors[1], axis):
+        if not same_but_for_space(tensors[0], tensors[1], axis):
             return ()
         return tuple(
             Operand(n[-1], f, self._reduce(n[-1], t, axis))
@@ -315,7 +304,7 @@ class _Recorder(TorchDispatchMode):
                     if parent.statistics is None and op in ("mul", "div"):
                         parent.statistics = channel_statistics(activation, parent.channel_axis)
                 return
-        value = float(other)
+        value = float(other.detach() if isinstance(other, Tensor) else other)
         node.factor = value if op.startswith("mul") else (1 / value if value else math.inf)
 
     def _is_activation(self, value: Any) -> bool:
@@ -323,7 +312,7 @@ class _Recorder(TorchDispatchMode):
 
     def _propagate_parameter(self, op: str, args: tuple[Any, ...], out: Any) -> None:
         """A view or a copy of a parameter is still that parameter."""
-        if op in _VIEWS and args and isinstance(out, Tensor):
+        if op in VIEWS and args and isinstance(out, Tensor):
             entry = self.parameter_of.get(id(args[0]))
             if entry is not None and entry[0]() is args[0] and out is not args[0]:
                 self.parameter_of[id(out)] = (weakref.ref(out), entry[1])
@@ -366,48 +355,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
-
-
-def _same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:
-    """Whether a sum joins two activations: one shape, but that one of them may be broadcast over positions."""
-    if a.ndim != b.ndim or a.ndim < 2:
-        return False
-    axis = (1 if a.ndim != 3 else 2) if channel_axis is None else channel_axis
-    return all(
-        m == n or (1 in (m, n) and d not in (0, axis)) for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True))
-    )
-
-
-def _channel_axis(op: str, args: Sequence[Any], parents: list[Node], out: Tensor) -> int | None:
-    """Where the channels of an operation's output are, from where its input has them; None where that is lost."""
-    if "conv" in op or "batch_norm" in op or "group_norm" in op:
-        return min(1, out.ndim - 1)
-    if op in _WEIGHT_LAYERS or (op == "native_layer_norm" and len(args[1]) == 1):
-        return out.ndim - 1
-    source = next((p for p in parents if p.channel_axis is not None), None)
-    if source is None or source.channel_axis is None:
-        return None
-    axis, ndim = source.channel_axis, len(source.shape)
-    if op in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
-        return _axis_after_view(source.shape, axis, tuple(out.shape))
-    if op == "permute":
-        return [d % ndim for d in args[1]].index(axis)
-    if op in ("transpose", "transpose_", "t"):
-        first, second = (0, 1) if op == "t" else (args[1] % ndim, args[2] % ndim)
-        return {first: second, second: first}.get(axis, axis)
-    if op in ("unsqueeze", "unsqueeze_", "stack"):
-        at = args[1] if len(args) > 1 else 0
-        return axis + (at % out.ndim <= axis)
-    if op in ("select", "unbind") or (op in ("mean", "sum", "amax", "amin", "squeeze") and out.ndim < ndim):
-        dims = args[1] if len(args) > 1 else 0 if op == "unbind" else [d for d in range(ndim) if source.shape[d] == 1]
-        gone = {d % ndim for d in (dims if isinstance(dims, list | tuple) else [dims]) if d is not None}
-        return None if axis in gone else axis - sum(d < axis for d in gone)
-    return axis if out.ndim == ndim else None
-
-
-def _axis_after_view(old: tuple[int, ...], axis: int, new: tuple[int, ...]) -> int | None:
-    before = math.prod(old[:axis])
-    for candidate in range(len(new)):
-        if new[candidate] == old[axis] and math.prod(new[:candidate]) == before:
-            return candidate
-    return None

@@ -38,6 +38,10 @@ def test_one_error_lists_everything_and_changes_nothing(model, params):
     params["NF_ResNet/~/extra//w"] = np.ones(3, np.float32)
     with pytest.raises(ValueError, match="do not fit") as error:
         load_haiku(model, params)
-    for words in ("missing: NF_ResNet/~/linear//b", "unexpected: NF_ResNet/~/extra//w", "shape: NF_ResNet/~/initial_conv"):
+    for words in (
+        "missing: NF_ResNet/~/linear//b",
+        "unexpected: NF_ResNet/~/extra//w",
+        "shape: NF_ResNet/~/initial_conv",
+    ):
         assert words in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -9,7 +9,9 @@ from normfree import gain
 from normfree.nn.gain import ACTIVATIONS, make_activation
 from tests.helpers import reference_json
 
-ROWS = {row["name"]: row for row in reference_json("gamma_reference.json")["rows"] if not row["name"].startswith("glu(")}
+ROWS = {
+    row["name"]: row for row in reference_json("gamma_reference.json")["rows"] if not row["name"].startswith("glu(")
+}
 KINKED = {"celu", "elu", "relu", "relu6", "selu", "hardswish", "hardsigmoid", "hardtanh", "softshrink_0.5"}
 FUNCTIONS = {
     "gelu_erf": "gelu",
@@ -41,7 +43,9 @@ def test_reference_constants(name, constant):
     assert gain(name, source="reference") == constant
 
 
-@pytest.mark.parametrize(("activation", "name"), [(F.relu, "relu"), (nn.SiLU(), "silu"), (nn.LogSigmoid(), "log_sigmoid")])
+@pytest.mark.parametrize(
+    ("activation", "name"), [(F.relu, "relu"), (nn.SiLU(), "silu"), (nn.LogSigmoid(), "log_sigmoid")]
+)
 def test_reference_constants_of_functions_and_modules(activation, name):
     assert gain(activation, source="reference") == gain(name, source="reference")
 

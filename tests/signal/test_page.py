@@ -1,0 +1,95 @@
+"""The report page in a real browser."""
+
+import dataclasses
+import os
+import shutil
+
+import pytest
+import torch
+
+from normfree import characterize, compare, create_model
+
+pytest.importorskip("playwright")
+from playwright.sync_api import sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None and not os.environ.get("CI"):
+    pytest.skip("needs chromium on the PATH", allow_module_level=True)
+HOSTILE = "block</script><script>document.title='broken'</script>"
+
+
+@pytest.fixture(scope="module")
+def page_path(tmp_path_factory):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    reports = [characterize(create_model(n, width=0.5), x, name=n) for n in ("bn_resnet26", "nf_resnet26")]
+    first = dataclasses.replace(reports[0][0], name=HOSTILE)
+    reports[0] = dataclasses.replace(reports[0], records=(first, *reports[0].records[1:]))
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    return compare({"white noise": reports, "photographs": reports}, title="A <title>").save(path)
+
+
+@pytest.fixture(scope="module")
+def page(page_path):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.problems = []
+        page.on("console", lambda message: page.problems.append(message.text) if message.type != "log" else None)
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("request", lambda r: page.problems.append(r.url) if r.url.startswith("http") else None)
+        page.goto(page_path.as_uri())
+        page.wait_for_selector("body[data-drawn=true]")
+        yield page
+        browser.close()
+
+
+def lines(page):
+    paths = page.locator("#chart svg g.mark-line path")
+    return paths.evaluate_all("paths => paths.filter(path => path.getAttribute('d')).length")
+
+
+def test_opens_from_disk_without_errors_or_requests(page):
+    assert page.problems == []
+
+
+def test_three_panels_for_each_input_are_drawn(page):
+    text = page.locator("#chart svg").first.text_content()
+    for panel in ("Average channel squared mean", "Average channel variance", "Residual average channel variance"):
+        assert text.count(panel) == 2, panel
+    # Two models in six panels, and the dashed prediction of one of them in the two panels of the variance.
+    assert lines(page) == 2 * 6 + 2
+
+
+def test_the_legend_hides_and_shows(page):
+    entry = page.locator("#chart svg g.role-legend text", has_text="bn_resnet26")
+    before = lines(page)
+    entry.click()
+    page.wait_for_timeout(300)
+    assert lines(page) == before - 6
+    entry.click()
+    page.wait_for_timeout(300)
+    assert lines(page) == before
+
+
+def test_points_name_their_module_on_hover(page):
+    page.locator("#chart svg g.mark-symbol.role-mark path").first.hover()
+    tooltip = page.locator("#vg-tooltip-element")
+    tooltip.wait_for(state="visible")
+    assert "module" in tooltip.text_content()
+
+
+def test_names_are_shown_as_text(page):
+    assert page.title() == "A <title>"
+    page.locator("summary").first.click()
+    assert HOSTILE in page.locator("table").first.text_content()
+
+
+def test_nothing_overlaps(page):
+    """Panels side by side, the legend above them, all inside the page."""
+    boxes = page.locator("#chart svg g.role-frame.root").count()
+    assert boxes >= 1
+    width = page.evaluate("document.querySelector('#chart svg').getBoundingClientRect().right")
+    assert width <= 1300, f"the chart ends at {width} pixels"

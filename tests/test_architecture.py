@@ -1,0 +1,81 @@
+"""Rules of the architecture."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normfree
+
+PACKAGE = Path(normfree.__file__).parent
+LAYERS = {
+    # What each part may import of the package; nothing points back.
+    "errors": set(),
+    "nn": {"nn"},
+    "signal": {"signal", "errors"},
+    "models": {"models", "nn"},
+    "images": set(),
+    "sources": {"models"},
+    "studies": {"studies", "models", "signal", "images"},
+    "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors"},
+    "__init__": {"models", "nn", "signal"},
+    "__main__": {"cli"},
+}
+TORCH_ONLY = {"nn", "signal/tape.py", "signal/operations.py", "signal/statistics.py", "signal/residual.py"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "normfree":
+                yield from (f"normfree.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    relative = path.relative_to(PACKAGE)
+    part = relative.parts[0].removesuffix(".py")
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "normfree" and rest:
+            assert rest[0] in LAYERS[part], f"{relative} imports {name}"
+        if any(str(relative).startswith(place) for place in TORCH_ONLY) and top not in sys.stdlib_module_names:
+            assert top in ("torch", "normfree"), f"{relative} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_have_a_docstring_and_one_size(path):
+    source = path.read_text()
+    assert ast.get_docstring(ast.parse(source)) or not source.strip(), "no docstring says what lives here"
+    assert source.count("\n") <= 400, "is it still one subject?"
+
+
+def test_public_functions_have_docstrings():
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                has_doc = ast.get_docstring(node) or any(
+                    isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__doc__" for n in node.body
+                )
+                assert has_doc, f"{path.name}: {node.name}"
+
+
+def test_importing_the_package_is_light():
+    """Charts, timm and the command line's packages are imported when they are needed."""
+    heavy = ("altair", "timm", "tyro", "torchvision", "rich")
+    code = f"import normfree, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    for name in ("characterize", "SignalReport", "compare", "create_model", "list_models", "gain", "ScaledWSConv2d"):
+        assert name in normfree.__all__
+    assert all(hasattr(normfree, name) for name in normfree.__all__)

@@ -1,0 +1,164 @@
+"""The command line, as a person uses it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normfree.cli import main
+
+SMALL = ["--batch", "2", "--size", "64", "64"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run `normfree ARGUMENTS` in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["normfree", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code or 0, out, err
+
+    return call
+
+
+def write_images(folder, count=3, size=(70, 90)):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_spp_of_every_source(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\ndef small():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())\n"
+    )
+    code, out, err = run("spp", "nf_resnet26", "timm:resnet18", "torchvision:resnet18", "mine:small", *SMALL)
+    assert code == 0, err
+    for words in (
+        "nf_resnet26: signal at 8 joins",
+        "timm:resnet18: signal at 8 joins",
+        "mine:small: signal at 1 weight",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize("input", ["noise", "photos", "folder"])
+def test_spp_of_every_input(run, tmp_path, input):
+    source = write_images(tmp_path / "images") if input == "folder" else input
+    code, out, err = run("spp", "nf_resnet26", "--input", source, "--seeds", 2, *SMALL)
+    assert code == 0, err
+    assert "inputs 2×3×64×64, 2 seeds" in out
+
+
+def test_spp_writes_what_the_suffix_says(run, tmp_path):
+    for suffix in ("html", "png", "svg", "csv", "json"):
+        code, out, err = run("spp", "nf_resnet26", "bn_resnet26", "--out", f"spp.{suffix}", *SMALL)
+        assert code == 0, err
+        assert f"written: spp.{suffix}" in out
+        assert (tmp_path / f"spp.{suffix}").stat().st_size > 1000
+    assert [report["model"] for report in json.loads((tmp_path / "spp.json").read_text())] == [
+        "nf_resnet26",
+        "bn_resnet26",
+    ]
+
+
+def test_spp_closed_and_backward(run):
+    _, opened, _ = run("spp", "nf_resnet26", *SMALL)
+    _, closed, _ = run("spp", "nf_resnet26", "--no-open", "--backward", *SMALL)
+    assert "opened for the measurement" in opened
+    assert "opened for the measurement" not in closed
+    assert "gradient variance" in closed
+
+
+def test_models(run):
+    code, out, _ = run("models", "nf_resnet5*")
+    assert code == 0
+    assert out.splitlines()[0] == "nf_resnet50\t25557048"
+    assert "nf_resnet26" in run("models", "26")[1]
+
+
+BAD = {
+    "unknown model": (["spp", "nf_resnet55"], "did you mean nf_resnet5"),
+    "unknown timm model": (["spp", "timm:resnet51"], "timm has no model 'resnet51'; did you mean"),
+    "unknown torchvision model": (["spp", "torchvision:resnet51"], "torchvision has no model"),
+    "factory that does not import": (["spp", "no_such_module:net"], "cannot import 'no_such_module'"),
+    "factory with a syntax error": (["spp", "broken:net"], "cannot import 'broken' (SyntaxError"),
+    "factory that is not there": (["spp", "json:net"], "json has no 'net'"),
+    "factory that makes no model": (["spp", "json:dumps"], "normfree:"),
+    "no model": (["spp"], "name at least one model"),
+    "empty folder": (["spp", "nf_resnet26", "--input", "empty"], "holds no images"),
+    "missing folder": (["spp", "nf_resnet26", "--input", "nowhere"], "no folder of images at nowhere"),
+    "broken image": (["spp", "nf_resnet26", "--batch", "1", "--input", "bad"], "cannot be read as an image"),
+    "too few images": (["spp", "nf_resnet26", "--input", "few"], "fewer than a batch of 4"),
+    "wrong number of channels": (["spp", "four:channels", "--input", "photos"], "images have (1 or 3"),
+    "suffix": (["spp", "nf_resnet26", "--out", "spp.pdf"], "suffix must be one of"),
+    "folder that is not there": (["spp", "nf_resnet26", "--out", "nowhere/spp.html"], "there is no folder"),
+    "output is a folder": (["spp", "nf_resnet26", "--out", "folder.html"], "a folder"),
+    "batch": (["spp", "nf_resnet26", "--batch", "0"], "batch is 0"),
+    "size": (["spp", "nf_resnet26", "--size", "0", "5"], "size is (0, 5)"),
+    "seeds": (["spp", "nf_resnet26", "--seeds", "0"], "seeds is 0"),
+    "depth": (["demo", "--depth", "51"], "depth is 51"),
+    "pattern": (["models", "nothing*"], "no model matches"),
+    "report folder": (["demo", "--out", "file"], "file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, case):
+    arguments, words = BAD[case]
+    (tmp_path / "broken.py").write_text("def net(:\n")
+    (tmp_path / "four.py").write_text("from torch import nn\n\ndef channels():\n    return nn.Conv2d(4, 4, 3)\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").write_text("")
+    write_images(tmp_path / "few", 1)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"\x89PNG not really")
+    code, out, err = run(*arguments)
+    assert code == 2, (out, err)
+    assert words in err
+    assert err.startswith("normfree: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_unknown_option_is_exit_code_2(run):
+    code, _, err = run("spp", "nf_resnet26", "--sedes", "3")
+    assert code == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "normfree"], ["normfree"]])
+def test_installed_commands(command):
+    environment = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    done = subprocess.run([*command, "models", "nf_resnet26"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("nf_resnet26\t")
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m normfree models nf_* | head -n 1", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("nf_resnet26\t")
+    assert "Traceback" not in done.stderr
+
+
+def test_demo(run, tmp_path):
+    code, out, err = run("demo", "--depth", "26", "--seeds", "1", "--batch", "2", "--out", "report")
+    assert code == 0, err
+    assert out.count("nf_resnet26") == 4
+    assert (tmp_path / "report" / "index.html").stat().st_size > 500_000
+    assert (tmp_path / "report" / "index.png").stat().st_size > 50_000

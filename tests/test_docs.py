@@ -1,0 +1,60 @@
+"""Every code block of the README and the docs is run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normfree.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+SHELL = [line.split("#")[0].strip() for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+
+
+def test_all_languages_are_run():
+    for page in PAGES:
+        fences = re.findall(r"^```(\w*)\n.*?^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        assert set(fences) <= {"python", "sh"}, page.name
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_shell(line, tmp_path, monkeypatch):
+    command, *arguments = shlex.split(line)
+    if command == "normfree":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        main()
+    elif line == "make test":
+        pass  # that is what is running
+    elif command == "make":
+        if not (ROOT / ".venv" / "installed").exists():
+            pytest.skip("not run by make: it would install everything first")
+        subprocess.run(["make", *arguments], cwd=ROOT, check=True)
+    else:
+        assert (command, arguments[0]) == ("pip", "install")
+        pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--quiet"]
+        subprocess.run([*pip, *arguments[1:]], cwd=ROOT, check=True)
+
+
+def test_links_and_pictures_are_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} refers to {target}"
