@@ -99,12 +99,12 @@ def _drift(report: "SignalReport", ratio: float) -> str | None:
     if record is None:
         return None
     passes = "the variance" if ratio == 1 else f"{_number(ratio)} of the variance"
-    cause = "the convolutions after them are not standardized"
+    cause = "activations drift, the convolutions after them are not standardized"
     if report.normalizers:
-        cause = f"no {report.normalizers[0]} centers the sum of the branches"
+        cause = f"{report.normalizers[0]} centers the branches, not the shortcut that they are added to"
     elif report.standardized:
-        cause = "their shortcut is not standardized"
-    return f"channel squared mean passes {passes} at {record.name}: activations drift, {cause}"
+        cause = "activations drift, the shortcut is not standardized"
+    return f"channel squared mean passes {passes} at {record.name}: {cause}"
 
 
 def _against_the_ledger(report: "SignalReport") -> str | None:
