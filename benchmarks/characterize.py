@@ -99,6 +99,8 @@ def main() -> None:
               f"limit {TIME_LIMIT}; peak memory {row['memory_ratio']:.3f} of a forward's "
               f"{peaks['plain'] / 2**20:.0f} MiB, limit {MEMORY_LIMIT}")  # fmt: skip
     print(json.dumps(results))
+    if any(row["ratio"] > TIME_LIMIT or row["memory_ratio"] > MEMORY_LIMIT for row in results.values()):
+        sys.exit("a limit is exceeded")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,14 @@
-"""What goes wrong in a way that the user can mend."""
+"""What goes wrong in a way that the user can mend, and how it is said."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class SignalError(RuntimeError):
     """A model that cannot be measured, or whose signal is not as it was asked to be."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Near misses of `name` among the `known` names, as the end of a sentence: "; did you mean …?", or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(near)}?" if near else ""

@@ -26,6 +26,7 @@ def photographs(shape: tuple[int, ...], batch: int) -> Tensor:
         images = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
     except ImportError as error:
         raise ImportError("photographs need scikit-learn and pillow: pip install 'normfree[demo]'") from error
+    _require_image(shape)
     return torch.stack([_random_crop(images[i % len(images)], shape) for i in range(batch)])
 
 
@@ -34,6 +35,7 @@ def from_folder(folder: Path, shape: tuple[int, ...], batch: int) -> Tensor:
 
     Raises ValueError where the folder is missing, holds fewer images than `batch`, or one that cannot be read.
     """
+    _require_image(shape)
     if not folder.is_dir():
         raise ValueError(f"there is no folder of images at {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
@@ -52,6 +54,11 @@ def batch_function(source: str, batch: int, shape: Callable[[Any], tuple[int, ..
     if source == "photos":
         return lambda model: photographs(shape(model), batch)
     return lambda model: from_folder(Path(source), shape(model), batch)
+
+
+def _require_image(shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise ValueError(f"the model's input has shape {shape}; images have (1 or 3, height, width)")
 
 
 def _read(path: Path) -> Tensor:
@@ -85,8 +92,6 @@ def _center_crop(image: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _finish(crop: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ValueError(f"the model's input has shape {shape}; images have (1 or 3, height, width)")
     x = F.interpolate(crop[None].float() / 255, size=shape[1:], mode="bilinear", antialias=True, align_corners=False)[0]
     x = (x - _MEAN[:, None, None]) / _STD[:, None, None]
     return x if shape[0] == 3 else x.mean(0, keepdim=True)

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from normfree.models.registry import create_model, list_models, suggest
+from normfree.errors import suggest
+from normfree.models import create_model, list_models
 
 
 def model_factory(name: str) -> Callable[[], nn.Module]:

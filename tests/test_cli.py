@@ -85,7 +85,7 @@ def test_spp_closed_and_backward(run):
 def test_models(run):
     code, out, _ = run("models", "nf_resnet5*")
     assert code == 0
-    assert out.splitlines()[0] == "nf_resnet50\t25557048"
+    assert out.splitlines()[:2] == ["model\tparameters", "nf_resnet50\t25557048"]
     assert "nf_resnet26" in run("models", "26")[1]
 
 
@@ -108,6 +108,8 @@ BAD = {
     "output is a folder": (["spp", "nf_resnet26", "--out", "folder.html"], "a folder"),
     "batch": (["spp", "nf_resnet26", "--batch", "0"], "batch is 0"),
     "size": (["spp", "nf_resnet26", "--size", "0", "5"], "size is (0, 5)"),
+    "three sizes": (["spp", "nf_resnet26", "--size", "5", "5", "5"], "give height and width"),
+    "photographs for a linear layer": (["spp", "four:linear", "--input", "photos"], "images have (1 or 3"),
     "seeds": (["spp", "nf_resnet26", "--seeds", "0"], "seeds is 0"),
     "depth": (["demo", "--depth", "51"], "depth is 51"),
     "pattern": (["models", "nothing*"], "no model matches"),
@@ -119,7 +121,10 @@ BAD = {
 def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, case):
     arguments, words = BAD[case]
     (tmp_path / "broken.py").write_text("def net(:\n")
-    (tmp_path / "four.py").write_text("from torch import nn\n\ndef channels():\n    return nn.Conv2d(4, 4, 3)\n")
+    (tmp_path / "four.py").write_text(
+        "from torch import nn\n\ndef channels():\n    return nn.Conv2d(4, 4, 3)\n\n"
+        "def linear():\n    return nn.Linear(4, 4)\n"
+    )
     (tmp_path / "empty").mkdir()
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").write_text("")
@@ -145,20 +150,20 @@ def test_installed_commands(command):
     environment = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     done = subprocess.run([*command, "models", "nf_resnet26"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("nf_resnet26\t")
+    assert done.stdout.splitlines()[1].startswith("nf_resnet26\t")
 
 
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m normfree models nf_* | head -n 1", shell=True, capture_output=True, text=True
+        f"{sys.executable} -m normfree models nf_* | head -n 2", shell=True, capture_output=True, text=True
     )
-    assert done.stdout.startswith("nf_resnet26\t")
+    assert done.stdout.splitlines()[1].startswith("nf_resnet26\t")
     assert "Traceback" not in done.stderr
 
 
 def test_demo(run, tmp_path):
     code, out, err = run("demo", "--depth", "26", "--seeds", "1", "--batch", "2", "--out", "report")
     assert code == 0, err
-    assert out.count("nf_resnet26") == 4
+    assert out.count("nf_resnet26 on") == 2
     assert (tmp_path / "report" / "index.html").stat().st_size > 500_000
     assert (tmp_path / "report" / "index.png").stat().st_size > 50_000

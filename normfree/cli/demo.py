@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from normfree.cli.output import progress
+from normfree.cli.output import announce, progress, show_table
 from normfree.models.trunk import RESNET_DEPTHS
 from normfree.signal import SignalReport, compare
 from normfree.studies.signal_propagation import signal_propagation
@@ -24,7 +21,7 @@ def demo(depth: int = 50, seeds: int = 3, batch: int = 4, out: Path = Path("norm
         raise ValueError(f"depth is {depth}; it must be one of {', '.join(map(str, RESNET_DEPTHS))}")
     out.mkdir(parents=True, exist_ok=True)
     with progress() as bar:
-        task = bar.add_task("", total=10)
+        task = bar.add_task("", total=9)
 
         def advance(what: str) -> None:
             bar.update(task, description=what)
@@ -34,20 +31,16 @@ def demo(depth: int = 50, seeds: int = 3, batch: int = 4, out: Path = Path("norm
         advance("drawing")
         figure = compare(reports, title=f"Signal propagation in ResNet-{depth} at initialisation")
         written = [figure.save(out / "index.html"), figure.save(out / "index.png")]
-    console = Console()
-    rows = [_row(report, label) for label, row in reports.items() for report in row]
-    columns = ("network", "input", "variance, first to last block", "largest squared mean / variance", "verdict")
-    if console.is_terminal:
-        table = Table(*columns, header_style="bold", show_lines=True)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    else:
-        print(*("\t".join(row) for row in (columns, *rows)), sep="\n")
-    console.print("\n".join(f"written: {path}" for path in written), highlight=False, soft_wrap=True)
+    flat = [(report, label) for label, row in reports.items() for report in row]
+    show_table(
+        ("network", "input", "variance, first block", "last block", "largest squared mean / variance"),
+        [_row(report, label) for report, label in flat],
+    )
+    for report, label in flat:
+        print(f"· {report.model} on {label}: {report.verdicts[0]}")
+    announce(written)
 
 
 def _row(report: SignalReport, label: str) -> tuple[str, ...]:
-    first, last = report[0].variance, report[len(report) - 1].variance
     shift = max(record.squared_mean / record.variance for record in report)
-    return report.model, label, f"{first:.3g} to {last:.3g}", f"{shift:.2g}", report.verdicts[0]
+    return report.model, label, f"{report[0].variance:.3g}", f"{report[len(report) - 1].variance:.3g}", f"{shift:.2g}"

@@ -1,20 +1,44 @@
 """What the commands share: where output goes, and the progress bar."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from normfree.signal import SignalReport
 
 
-def show(console: Console, item: Any) -> None:
+def show(report: SignalReport) -> None:
     """A rich table on a terminal, plain lines in a pipe or a file."""
+    console = Console()
     if console.is_terminal:
-        console.print(item)
+        console.print(report)
     else:
-        print(item)
+        print(report, flush=True)
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The same for any table; numbers stand on the right; in a pipe the cells are separated by tabs."""
+    console = Console()
+    if not console.is_terminal:
+        for row in (columns, *rows):
+            print(*row, sep="\t", flush=True)
+        return
+    table = Table(header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def announce(paths: Iterable[Path]) -> None:
+    """Say which files were written."""
+    for path in paths:
+        print(f"written: {path}")
 
 
 def progress() -> Progress:

@@ -6,24 +6,22 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from torch import Tensor, nn
 
-from normfree.cli.output import check_writable, progress, show
+from normfree.cli.output import announce, check_writable, progress, show
 from normfree.images import batch_function
 from normfree.signal import SignalReport, characterize
 from normfree.signal.charts import SUFFIXES, compare
 from normfree.signal.inputs import input_shape, noise
-from normfree.signal.report import DATA_SUFFIXES
 from normfree.sources import model_factory
 
 
 def spp(
-    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...")],
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL...", help_behavior_hint="")],
     /,
     input: Annotated[str, tyro.conf.arg(metavar="noise|photos|DIR")] = "noise",
     batch: int = 4,
-    size: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="H W")] = None,
+    size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="H W", help_behavior_hint="")] = (),
     seeds: int = 1,
     open: bool = True,
     backward: bool = False,
@@ -35,7 +33,7 @@ def spp(
         models: nf_resnet50 (ours), timm:NAME, torchvision:NAME, or package.module:factory.
         input: White noise, crops of two real photographs, or images of a folder.
         batch: Number of examples.
-        size: Height and width; the model's own if not given.
+        size: Height and width, or one number for both; the model's own if not given.
         seeds: How many times to draw parameters and inputs anew.
         open: Set to one what closes branches at initialisation (SkipInit, LayerScale, zero gains).
         backward: The gradient's statistics too.
@@ -44,21 +42,22 @@ def spp(
     if not models:
         raise ValueError("name at least one model, such as nf_resnet50 or timm:resnet50 (`normfree models` lists ours)")
     if out is not None:
-        check_writable(out, (*SUFFIXES, *DATA_SUFFIXES))
-    factories = {name: model_factory(name) for name in models}
-    draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=size)
+        check_writable(out, SUFFIXES)
+    if len(size) > 2:
+        raise ValueError(f"size is {size}; give height and width, or one number for both")
+    image_size = (size[0], size[-1]) if size else None
+    factories = [(name, model_factory(name)) for name in models]
+    draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=image_size)
     if input != "noise":
-        draw = batch_function(input, batch, functools.partial(input_shape, size=size))
+        draw = batch_function(input, batch, functools.partial(input_shape, size=image_size))
 
     reports: list[SignalReport] = []
-    console = Console()
     with progress() as bar:
         task = bar.add_task("", total=len(factories))
-        for name, factory in factories.items():
+        for name, factory in factories:
             bar.update(task, description=name)
             reports.append(characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name))
-            show(console, reports[-1])
+            show(reports[-1])
             bar.advance(task)
     if out is not None:
-        compare(reports, title="Signal propagation at initialisation").save(out)
-        console.print(f"written: {out}", highlight=False, soft_wrap=True)
+        announce([compare(reports, title="Signal propagation").save(out)])

@@ -31,7 +31,7 @@ def load_haiku(
     if state is not None:
         targets |= {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
     problems, values = [], {}
-    expected = {_haiku_key(model, name): name for name in targets}
+    expected = {haiku_key(model, name): name for name in targets}
     for key, name in expected.items():
         if key not in arrays:
             problems.append(f"missing: {key} (for {name}, shape {tuple(targets[name].shape)})")
@@ -68,7 +68,7 @@ def _from_haiku(value: Tensor, target: Tensor) -> Tensor:
     return value.flatten() if target.ndim == 1 else value
 
 
-def _haiku_key(model: ResidualNetwork, name: str) -> str:
+def haiku_key(model: ResidualNetwork, name: str) -> str:
     """Haiku's key of our parameter or buffer `name`; blocks are numbered across stages, the first has no suffix."""
     network, block = _BLOCKS[type(model)]
     path, _, leaf = name.rpartition(".")

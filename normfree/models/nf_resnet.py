@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, plan_resnet
+from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, conv_padding, plan_resnet
 from normfree.nn import (
     MaxPool2d,
     PreActivationBottleneck,
@@ -69,7 +69,6 @@ class NFResNet(ResidualNetwork):
             gate = None
             if config.se_ratio:
                 gate = SqueezeExcite(channels, config.se_ratio, gate_scale=2.0, **branch_end)
-            projected = plan.stride > 1 or plan.in_channels != channels
             stages[plan.stage].append(
                 PreActivationBottleneck(
                     pre=(act(), act(), act()),
@@ -79,7 +78,7 @@ class NFResNet(ResidualNetwork):
                         _conv(config, inner, channels, 1, in_scale=gamma, **({} if gate else branch_end)),
                     ),
                     shortcut=_conv(config, plan.in_channels, channels, 1, stride=plan.stride, in_scale=in_scale)
-                    if projected
+                    if plan.projects
                     else None,
                     gate=gate,
                     drop_rate=plan.drop_rate,
@@ -87,19 +86,18 @@ class NFResNet(ResidualNetwork):
                 )
             )
         super().__init__(
+            config,
             stem,
             stages,
             act(),
             Head(channels, config.num_classes, drop_rate=config.drop_rate, in_scale=gamma, init_std=0.01),
         )
-        self.config = config
-        self.default_cfg = {"input_size": (config.in_channels, 224, 224)}
 
 
 def _conv(
     config: NFResNetConfig, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any
 ) -> ScaledWSConv2d:
-    padding = "same" if config.padding == "same" else kernel_size // 2
+    padding = conv_padding(config, kernel_size)
     return ScaledWSConv2d(
         in_channels, out_channels, kernel_size, padding=padding, standardize=config.standardize, **arguments
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import fnmatch
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.errors import suggest
 from normfree.models import nf_resnet, resnet
 
 _BUILDERS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
@@ -43,12 +43,6 @@ def create_model(
             raise ValueError(f"{name} has no argument {field!r}; it has {', '.join(fields)}")
     with _default_dtype(dtype), torch.device(device) if device is not None else contextlib.nullcontext():
         return network(dataclasses.replace(config, **overrides))
-
-
-def suggest(name: str, known: Any) -> str:
-    """ "; did you mean …?" with near misses of `name` among the `known` names, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, plan_resnet
+from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, conv_padding, plan_resnet
 from normfree.nn import MaxPool2d, PreActivationBottleneck, SqueezeExcite, make_activation
 from normfree.nn.blocks import init_truncated_normal
 from normfree.nn.conv import SameConv2d
@@ -56,7 +56,6 @@ class ResNet(ResidualNetwork):
         stem = nn.Sequential(_conv(config, config.in_channels, channels, 7, stride=2), MaxPool2d(config.padding))
         for plan in plan_resnet(config.depths, config.width, config.stochastic_depth_rate):
             channels, inner = plan.out_channels, plan.out_channels // 4
-            projected = plan.stride > 1 or plan.in_channels != channels
             stages[plan.stage].append(
                 PreActivationBottleneck(
                     pre=(_pre(config, plan.in_channels), _pre(config, inner), _pre(config, inner)),
@@ -65,20 +64,21 @@ class ResNet(ResidualNetwork):
                         _conv(config, inner, inner, 3, stride=plan.stride),
                         _conv(config, inner, channels, 1),
                     ),
-                    shortcut=_conv(config, plan.in_channels, channels, 1, stride=plan.stride) if projected else None,
+                    shortcut=_conv(config, plan.in_channels, channels, 1, stride=plan.stride)
+                    if plan.projects
+                    else None,
                     gate=SqueezeExcite(channels, config.se_ratio) if config.se_ratio else None,
                     drop_rate=plan.drop_rate,
                 )
             )
         init_std = 0.01 if config.init == "he" else 0.0
         super().__init__(
+            config,
             stem,
             stages,
             _pre(config, channels),
             Head(channels, config.num_classes, drop_rate=config.drop_rate, in_scale=1.0, init_std=init_std),
         )
-        self.config = config
-        self.default_cfg = {"input_size": (config.in_channels, 224, 224)}
 
 
 def _pre(config: ResNetConfig, channels: int) -> nn.Module:
@@ -91,7 +91,7 @@ def _pre(config: ResNetConfig, channels: int) -> nn.Module:
 
 def _conv(config: ResNetConfig, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     bias = config.order == "act"  # a normalizer would take it away again
-    padding = "same" if config.padding == "same" else kernel_size // 2
+    padding = conv_padding(config, kernel_size)
     conv = SameConv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
     if config.init == "he":
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

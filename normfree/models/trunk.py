@@ -30,6 +30,11 @@ class BlockPlan:
     first_in_stage: bool
     drop_rate: float  # stochastic depth, growing linearly with the block's index
 
+    @property
+    def projects(self) -> bool:
+        """Whether the shortcut needs a convolution."""
+        return self.stride > 1 or self.in_channels != self.out_channels
+
 
 def plan_resnet(depths: Sequence[int], width: float, stochastic_depth_rate: float) -> Iterator[BlockPlan]:
     """The blocks of a ResNet, in execution order: stages of 64, 128, 256, 512 times `width` channels."""
@@ -63,6 +68,11 @@ def check_config(config: Any) -> None:
         raise ValueError(f"padding is {config.padding!r}; it must be 'same' or 'symmetric'")
 
 
+def conv_padding(config: Any, kernel_size: int) -> int | str:
+    """The padding of a convolution under `config.padding`."""
+    return "same" if config.padding == "same" else kernel_size // 2
+
+
 class Head(nn.Module):
     """(N, C, H, W) to (N, num_classes): global average, times γ of the last activation, dropout, linear."""
 
@@ -72,11 +82,17 @@ class Head(nn.Module):
         super().__init__()
         self.drop = nn.Dropout(drop_rate)
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        dtype = torch.get_default_dtype()
-        self.register_buffer("in_scale", torch.tensor(in_scale, dtype=torch.promote_types(dtype, torch.float32)))
         if isinstance(self.fc, nn.Linear):
             nn.init.normal_(self.fc.weight, std=init_std)
             nn.init.zeros_(self.fc.bias)
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("in_scale", torch.empty((), dtype=exact))
+        self._initial_scale = in_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The scale that the head was made with."""
+        self.in_scale.fill_(self._initial_scale)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x.mean((2, 3)) * self.in_scale.to(x.dtype)
@@ -89,8 +105,12 @@ class ResidualNetwork(nn.Module):
     Input (N, in_channels, H, W) of any height and width, output (N, num_classes).
     """
 
-    def __init__(self, stem: nn.Module, stages: Sequence[Sequence[nn.Module]], final: nn.Module, head: Head) -> None:
+    def __init__(
+        self, config: Any, stem: nn.Module, stages: Sequence[Sequence[nn.Module]], final: nn.Module, head: Head
+    ) -> None:
         super().__init__()
+        self.config = config
+        self.default_cfg = {"input_size": (config.in_channels, 224, 224)}
         self.stem = stem
         self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
         self.final = final

@@ -35,9 +35,18 @@ class SqueezeExcite(nn.Module):
         for layer in (self.fc0, self.fc1):
             init_truncated_normal(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.register_buffer("out_scale", torch.tensor(out_scale, dtype=torch.promote_types(
-            self.fc0.weight.dtype, torch.float32)))  # fmt: skip
-        self.skip_gain = None if skip_gain is None else nn.Parameter(torch.tensor(skip_gain))
+        exact = torch.promote_types(self.fc0.weight.dtype, torch.float32)
+        self.register_buffer("out_scale", torch.empty((), dtype=exact))
+        self.skip_gain = None if skip_gain is None else nn.Parameter(torch.empty(()))
+        self._initial = {"out_scale": out_scale, "skip_gain": skip_gain}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The scales that the gate was made with."""
+        with torch.no_grad():
+            for name, value in self._initial.items():
+                if value is not None:
+                    getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.gate_scale * self.out_scale
@@ -102,9 +111,10 @@ class MaxPool2d(nn.Module):
         if self.padding == "symmetric":
             return F.max_pool2d(x, 3, 2, padding=1)
         total = [same_padding(size, 3, 2) for size in x.shape[-2:]]
-        if any(t == 1 for t in total) and any(t == 2 for t in total):
-            x = F.pad(x, [0, total[1] % 2, 0, total[0] % 2], value=float("-inf"))
-            return F.max_pool2d(x, 3, 2, padding=[t // 2 for t in total])
+        if torch.compiler.is_exporting() or len({t % 2 for t in total}) > 1:
+            # In an export the sizes may be symbols, whose parity nobody knows.
+            pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            return F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 2)
         # A window that hangs over the end (ceil_mode) is the odd padding element of SAME.
         return F.max_pool2d(x, 3, 2, padding=[t // 2 for t in total], ceil_mode=True)
 

@@ -12,7 +12,10 @@ from normfree.nn.standardize import EPS, standardize
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
     """Total padding along one axis that makes the output ⌈size / stride⌉ long; the odd one goes to the end (SAME)."""
-    return max((math.ceil(size / stride) - 1) * stride + dilation * (kernel_size - 1) + 1 - size, 0)
+    extent = dilation * (kernel_size - 1) + 1
+    total = (-(-size // stride) - 1) * stride + extent - size
+    # Only a kernel smaller than its stride leaves input over; elsewhere the size may be a symbol of an export.
+    return total if extent >= stride else max(total, 0)
 
 
 class _SamePadding(nn.modules.conv._ConvNd):
@@ -37,7 +40,8 @@ class _SamePadding(nn.modules.conv._ConvNd):
             for axis in zip(input.shape[-spatial:], self.kernel_size, self.stride, self.dilation, strict=True)
         ]
         padding = [t // 2 for t in total]
-        if self.padding_mode != "zeros" or any(t % 2 for t in total):
+        # In an export the sizes may be symbols, whose parity nobody knows.
+        if self.padding_mode != "zeros" or torch.compiler.is_exporting() or any(t % 2 for t in total):
             # torch.nn.functional.pad counts axes from the last
             pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
             input = F.pad(input, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
@@ -86,18 +90,18 @@ class _ScaledWS(_SamePadding):
         )  # fmt: skip
         self.eps = eps
         self.standardize = standardize
-        self._initial_skip_gain = skip_gain
+        self._initial = {"in_scale": in_scale, "out_scale": out_scale, "skip_gain": skip_gain}
         weight = self.weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        self.register_buffer("in_scale", torch.tensor(in_scale, dtype=exact, device=weight.device))
-        self.register_buffer("out_scale", torch.tensor(out_scale, dtype=exact, device=weight.device))
+        self.register_buffer("in_scale", torch.empty((), dtype=exact, device=weight.device))
+        self.register_buffer("out_scale", torch.empty((), dtype=exact, device=weight.device))
         self.gain = nn.Parameter(weight.new_empty(out_channels))
         self.skip_gain = None if skip_gain is None else nn.Parameter(weight.new_empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weights N(0, 1/fan_in), or N(0, 2/fan_in) (He) without standardization; gains 1, biases 0."""
-        if not hasattr(self, "_initial_skip_gain"):
+        if not hasattr(self, "_initial"):
             return  # torch's constructor calls this before the gains exist
         fan_in = self.weight[0].numel()
         with torch.no_grad():
@@ -105,8 +109,9 @@ class _ScaledWS(_SamePadding):
             self.gain.fill_(1)
             if self.bias is not None:
                 self.bias.zero_()
-            if self.skip_gain is not None and self._initial_skip_gain is not None:
-                self.skip_gain.fill_(self._initial_skip_gain)
+            for name, value in self._initial.items():
+                if value is not None:
+                    getattr(self, name).fill_(value)
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """W_eff, of the weight's shape, and b_eff (out_channels,) or None: those of the plain convolution that this is.

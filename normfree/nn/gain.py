@@ -65,7 +65,7 @@ def make_activation(name: str) -> nn.Module:
 
     Raises ValueError for a name that is not known.
     """
-    factory = ACTIVATIONS.get(_canonical(name))
+    factory = ACTIVATIONS.get(_canonical(name)) if isinstance(name, str) else None
     if factory is None:
         raise ValueError(f"activation {name!r} is not known; the names are {', '.join(ACTIVATIONS)}")
     return factory()
@@ -134,7 +134,7 @@ def _quadrature_gain(activation: Callable[[Tensor], Tensor], name: str) -> float
     with torch.no_grad(), torch.device("cpu"):  # whatever device the caller builds a network on
         _require_elementwise(activation, name)
         mean, _ = _integrate(activation, name)
-        variance, tail = _integrate(lambda z: (activation(z) - mean) ** 2, name)
+        variance, tail = _integrate(lambda z: (activation(z).to(z.dtype) - mean) ** 2, name)
     if tail > 1e-12 * variance:
         raise ValueError(f"{name} grows too fast: it has no finite variance under N(0, 1)")
     if variance <= 1e-24 * mean**2 or variance <= 0:
@@ -149,14 +149,18 @@ def _require_elementwise(function: Callable[[Tensor], Tensor], name: str) -> Non
         elementwise = (
             out.shape == z.shape
             and out.equal(function(z.clone()))
-            and out.flip(0).equal(function(z.flip(0)))
-            and torch.allclose(out[:7], function(z[:7].clone()), rtol=1e-12, atol=0, equal_nan=True)
-            and torch.allclose(out.view(8, 8), function(z.view(8, 8).clone()), rtol=1e-12, atol=0, equal_nan=True)
+            and out.flip(0).equal(function(z.flip(0).clone()))
+            and _equal(out[:7], function(z[:7].clone()))
+            and _equal(out.view(8, 8), function(z.view(8, 8).clone()))
         )
     except Exception as error:
         raise ValueError(f"{name} is not an elementwise function of a float64 tensor: {error}") from error
     if not elementwise and not bool(torch.isnan(out).any()):
         raise ValueError(f"{name} is not elementwise (or it is random): g(x)[i] must depend on x[i] alone")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-12, atol=0, equal_nan=True)
 
 
 _LIMIT = 38.0  # the density of N(0, 1) underflows in float64 beyond it
@@ -181,7 +185,8 @@ def _integrate(function: Callable[[Tensor], Tensor], name: str) -> tuple[float, 
     def panels(left: Tensor, right: Tensor) -> Tensor:
         half = (right - left) / 2
         z = (left + half)[:, None] + half[:, None] * nodes
-        value = function(z.flatten()).view_as(z)
+        # A copy, since an activation may work in place; float64, since it may return truth values.
+        value = function(z.flatten().clone()).to(z.dtype).view_as(z)
         if not bool(torch.isfinite(value).all()):
             where = z[~torch.isfinite(value)].abs().min().item()
             raise ValueError(f"{name} is not finite at |z| = {where:.3g}: it has no finite variance under N(0, 1)")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from normfree.signal import table
-from normfree.signal.report import DATA_SUFFIXES, SignalReport, save
+from normfree.signal.files import to_csv, to_json
+from normfree.signal.report import SignalReport
 
 _PANELS = {
     "squared_mean": "Average channel squared mean",
@@ -21,13 +22,13 @@ _GRADIENT_PANELS = {
     "gradient_residual_variance": "Gradient: residual variance",
 }
 _COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
-_DECADES = [10.0**exponent for exponent in range(-30, 39)]
-_CAPTION = "Bands: from the lowest to the highest seed. Dashed: the variance that the network expects of itself."
-SUFFIXES = (".html", ".png", ".svg")
+_ROUNDING = 1e-12
+SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
 
 
 def compare(
-    reports: SignalReport | Sequence[SignalReport] | Mapping[str, Sequence[SignalReport]], title: str = ""
+    reports: SignalReport | Sequence[SignalReport] | Mapping[str, SignalReport | Sequence[SignalReport]],
+    title: str = "",
 ) -> "SignalFigure":
     """Several models in one figure: the paper's three panels on logarithmic axes (Brock et al. 2021, figure 1).
 
@@ -36,12 +37,11 @@ def compare(
 
     Raises ValueError where there is no report, and, at saving, ImportError without the extra "charts".
     """
-    if isinstance(reports, SignalReport):
-        reports = [reports]
-    rows = dict(reports) if isinstance(reports, Mapping) else {"": list(reports)}
+    by_label = reports if isinstance(reports, Mapping) else {"": reports}
+    rows = {label: [row] if isinstance(row, SignalReport) else list(row) for label, row in by_label.items()}
     if not any(rows.values()):
         raise ValueError("there is no report to draw")
-    return SignalFigure({label: list(row) for label, row in rows.items() if row}, title)
+    return SignalFigure({label: row for label, row in rows.items() if row}, title)
 
 
 class SignalFigure:
@@ -51,8 +51,8 @@ class SignalFigure:
         self.rows = rows
         self.title = title
 
-    def to_vega_lite(self, title: str = "") -> dict[str, Any]:
-        """The chart as a Vega-Lite specification, under a title."""
+    def to_vega_lite(self, titled: bool = False) -> dict[str, Any]:
+        """The chart as a Vega-Lite specification; titled, it stands alone as a picture that nobody clicks on."""
         alt = _altair()
         rows = {label: _named(reports) for label, reports in self.rows.items()}
         names = list(dict.fromkeys(name for row in rows.values() for name, _ in row))
@@ -60,25 +60,28 @@ class SignalFigure:
             name="shown", fields=["model"], bind="legend", toggle="true", empty=False,
             value=[{"model": name} for name in names],
         )  # fmt: skip
-        color = alt.Color("model:N", title="model (click to hide or show)", sort=names).scale(
+        color = alt.Color("model:N", title="model" if titled else "model (click to hide or show)", sort=names).scale(
             domain=names, range=[_COLORS[i % len(_COLORS)] for i in range(len(names))]
         )
-        panels = dict(_PANELS)
-        if any(r.gradient_variance is not None for row in rows.values() for _, report in row for r in report):
-            panels |= _GRADIENT_PANELS
         lines: list[Any] = []
         for label, row in rows.items():
             data = [point for name, report in row for point in _points(name, report)]
-            charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
-            charts = [chart for chart in charts if chart is not None]
-            if not lines and charts:
-                # The selection belongs to one view; the others refer to it by its name.
-                charts[0].layer[0] = charts[0].layer[0].add_params(shown)
-            line = alt.hconcat(*charts, spacing=24)
-            lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
+            for panels in (_PANELS, _GRADIENT_PANELS):
+                charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
+                charts = [chart for chart in charts if chart is not None]
+                if not charts:
+                    continue
+                if not lines:
+                    # The selection belongs to one view; the others refer to it by its name.
+                    charts[0].layer[0] = charts[0].layer[0].add_params(shown)
+                line = alt.hconcat(*charts, spacing=24)
+                lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
         chart = alt.vconcat(*lines, spacing=28)
-        if title:
-            chart = chart.properties(title=alt.Title(title, subtitle=_CAPTION, anchor="start", fontSize=16, offset=12))
+        if titled and self.title:
+            caption = self._caption()
+            chart = chart.properties(
+                title=alt.Title(self.title, subtitle=caption, anchor="start", fontSize=16, offset=12)
+            )
         chart = (
             chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.5)
             .configure_legend(
@@ -86,7 +89,17 @@ class SignalFigure:
             )
             .configure_view(stroke="#cccccc")
         )
-        return chart.to_dict()
+        return dict(chart.to_dict())
+
+    def _caption(self) -> str:
+        """What the marks mean, those that are there."""
+        reports = [report for row in self.rows.values() for report in row]
+        words = []
+        if any(report.seeds > 1 for report in reports):
+            words.append("Lines: mean over the seeds; bands: from the lowest to the highest.")
+        if any(record.expected_variance for report in reports for record in report):
+            words.append("Dashed: the variance that the network expects of itself.")
+        return " ".join(words)
 
     def save(self, path: str | Path) -> Path:
         """Write .html (one file that needs no network), .png or .svg, or the numbers as .csv or .json.
@@ -95,18 +108,23 @@ class SignalFigure:
         """
         path = Path(path)
         suffix = path.suffix.lower()
-        if suffix in DATA_SUFFIXES:
-            return save([report for row in self.rows.values() for report in row], path)
-        if suffix not in SUFFIXES:
-            raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join((*SUFFIXES, *DATA_SUFFIXES))}")
-        converter = _vl_convert()
-        if suffix == ".html":
+        reports = [report for row in self.rows.values() for report in row]
+        if suffix == ".json":
+            path.write_text(to_json(reports), encoding="utf-8")
+        elif suffix == ".csv":
+            path.write_text(to_csv(reports), encoding="utf-8")
+        elif suffix == ".html":
             path.write_text(self.to_html(), encoding="utf-8")
         elif suffix == ".svg":
-            path.write_text(converter.vegalite_to_svg(self.to_vega_lite(self.title)), encoding="utf-8")
+            path.write_text(self._to_svg(), encoding="utf-8")
+        elif suffix == ".png":
+            path.write_bytes(_vl_convert().vegalite_to_png(self.to_vega_lite(titled=True), scale=2))
         else:
-            path.write_bytes(converter.vegalite_to_png(self.to_vega_lite(self.title), scale=2))
+            raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(SUFFIXES)}")
         return path
+
+    def _to_svg(self) -> str:
+        return str(_vl_convert().vegalite_to_svg(self.to_vega_lite(titled=True)))
 
     def to_html(self) -> str:
         """The page: interactive chart, verdicts, and a table per report."""
@@ -118,32 +136,37 @@ class SignalFigure:
         spec = json.dumps(self.to_vega_lite()).replace("<", "\\u003c")
         return _PAGE.format(
             title=html.escape(title),
-            caption=_CAPTION,
+            caption=self._caption(),
             sections=sections,
             spec=spec,
             bundle=_vl_convert().javascript_bundle(),
         )
 
     def _repr_html_(self) -> str:
-        svg = _vl_convert().vegalite_to_svg(self.to_vega_lite(self.title))
-        return svg + "".join(_section(name, label, r) for label, row in self.rows.items() for name, r in _named(row))
+        return self._to_svg() + "".join(
+            _section(name, label, r) for label, row in self.rows.items() for name, r in _named(row)
+        )
 
 
 def _named(reports: Sequence[SignalReport]) -> list[tuple[str, SignalReport]]:
-    named, seen = [], dict[str, int]()
+    named: dict[str, SignalReport] = {}
     for report in reports:
-        seen[report.model] = seen.get(report.model, 0) + 1
-        named.append((report.model if seen[report.model] == 1 else f"{report.model} ({seen[report.model]})", report))
-    return named
+        name, number = report.model, 1
+        while name in named:
+            number += 1
+            name = f"{report.model} ({number})"
+        named[name] = report
+    return list(named.items())
 
 
 def _points(name: str, report: SignalReport) -> list[dict[str, Any]]:
-    """One row of data per record and statistic; what a logarithmic axis cannot show (0, not finite) is left out."""
+    """One row of data per record and statistic; what a logarithmic axis cannot show is left out: not finite, zero, and
+    the rounding that stands for zero where a normalizer has just centered the channels."""
     points = []
     for position, record in enumerate(report, 1):
         for statistic in (*_PANELS, *_GRADIENT_PANELS):
             value = getattr(record, statistic)
-            if value is None or not math.isfinite(value) or value <= 0:
+            if value is None or not math.isfinite(value) or value <= _ROUNDING * record.variance:
                 continue
             samples = record.samples.get(statistic, (value,))
             points.append(
@@ -172,8 +195,8 @@ def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, col
     axis_title = "residual block" if data[0]["shortcut"] != "none" else "weight layer"
     x = alt.X("block:Q", title=axis_title, axis=alt.Axis(tickMinStep=1, format="d")).scale(nice=False, padding=8)
     log = alt.Scale(type="log", nice=True)
-    label = "abs(log(datum.value)) < 12 ? format(datum.value, '~r') : format(datum.value, '.0e')"
-    axis = alt.Axis(values=_DECADES, labelExpr=label, labelOverlap=True)
+    label = "abs(log(datum.value)) < 7 ? format(datum.value, '~r') : format(datum.value, '.0e')"
+    axis = alt.Axis(values=_ticks([p[key] for p in data for key in ("low", "high")]), labelExpr=label)
     y = alt.Y("value:Q", title=None, axis=axis).scale(log)
     tooltip = [
         "model:N", "module:N", "stage:Q", "shape:N", "shortcut:N",
@@ -195,9 +218,17 @@ def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, col
     )
 
 
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Powers of ten, and between them 2 and 5 where there are few; beyond the values, for when models are hidden."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    factors = (1, 2, 5) if high - low <= 2 else (1,)
+    step = max(1, (high - low) // 8)
+    return [factor * 10.0**exponent for exponent in range(low - 1, high + 2, step) for factor in factors]
+
+
 def _section(name: str, label: str, report: SignalReport) -> str:
     heading = html.escape(f"{name}, {label}" if label else name)
-    verdicts = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in report.verdicts)
+    verdicts = "".join(f"<li>{html.escape(line)}</li>" for line in table.footer(report))
     columns, rows = table.cells(report)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)

@@ -1,10 +1,12 @@
 """What a model is run on: its inputs, as a call; or white noise of the size that it declares."""
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
 
@@ -27,7 +29,7 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
         args, kwargs = (), dict(inputs)
     else:
         args, kwargs = (inputs,), {}
-    found = list(tensors((args, kwargs)))
+    found = tensors((args, kwargs))
     if not found:
         raise TypeError(f"inputs hold no tensor: got {type(inputs).__name__}; give a tensor, tuple, dict or DataLoader")
     for tensor in found:
@@ -89,29 +91,20 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return ", ".join("×".join(map(str, t.shape)) for t in tensors((args, kwargs)))
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples, mappings, and the attributes of dataclass-like outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested lists, tuples, dicts and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same nesting with `function` of every tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(function, item) for item in value)
-    return value
+    return tree_map_only(Tensor, function, value)
 
 
 def _device(model: nn.Module) -> torch.device:

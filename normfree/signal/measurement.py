@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from normfree.errors import SignalError
 from normfree.signal.inputs import as_call, describe, map_tensors, noise, tensors
-from normfree.signal.preparation import closed_multipliers, closed_parameters, measuring, opened
+from normfree.signal.preparation import (
+    closed_multipliers,
+    closed_parameters,
+    is_normalizer,
+    measuring,
+    opened,
+    standardizes,
+)
 from normfree.signal.report import SignalRecord, SignalReport
 from normfree.signal.residual import Join, find_joins
 from normfree.signal.statistics import channel_statistics
@@ -67,7 +74,7 @@ def characterize(
             if not isinstance(net, nn.Module):
                 raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
             net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
-            _refuse_lazy(net)
+            _refuse_what_cannot_run(net)
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
             report = measurement.report(open_branches)
@@ -119,8 +126,8 @@ class _Measurement:
             kind="join" if records.joins else "weight layer",
             records=tuple(records.rows),
             opened=tuple(records.opened),
-            normalizers=_class_names(self.model, "Norm"),
-            standardized=any(getattr(m, "standardize", "Std" in type(m).__name__) for m in self.model.modules()),
+            normalizers=tuple(sorted({type(m).__name__ for m in self.model.modules() if is_normalizer(m)})),
+            standardized=any(map(standardizes, self.model.modules())),
         )
 
     def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":
@@ -141,16 +148,19 @@ class _Measurement:
     def _run(self, tape: Tape, weight_layers: bool) -> None:
         self.gradients = {}
         # Copies: a forward may write into its inputs.
-        args, kwargs = map_tensors(torch.clone, (self.args, self.kwargs))
+        copies: dict[int, Tensor] = {}
+        args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), t.clone()), (self.args, self.kwargs))
         if not self.backward:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 call = lambda: self.model(*args, **kwargs)  # noqa: E731
                 tape.record(self.model, call, tensors((args, kwargs)), reduce_weight_layers=weight_layers)
             return
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            floats = [t.requires_grad_() for t in tensors((args, kwargs)) if t.is_floating_point()]
-            targets = floats or [p for p in self.model.parameters() if p.requires_grad]
-            args, kwargs = map_tensors(torch.clone, (args, kwargs))
+            leaves = [t.detach_().requires_grad_() for t in copies.values() if t.is_floating_point()]
+            targets = leaves or [p for p in self.model.parameters() if p.requires_grad]
+            # Copies again: a leaf that needs a gradient cannot be written into.
+            again = {id(t): t.clone() for t in copies.values()}
+            args, kwargs = map_tensors(lambda t: again[id(t)], (args, kwargs))
             out = tape.record(
                 self.model,
                 lambda: self.model(*args, **kwargs),
@@ -163,11 +173,14 @@ class _Measurement:
                 raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
             torch.autograd.grad(ends, targets, [torch.randn_like(t) for t in ends], allow_unused=True)
 
-    def _keep_gradient(self, node: Node, gradient: Tensor) -> None:
-        self.gradients[node.index] = channel_statistics(gradient, node.channel_axis)
+    def _keep_gradient(self, node: Node, gradient: Tensor | None) -> None:
+        if gradient is not None:  # an output that nothing used has none
+            self.gradients[node.index] = channel_statistics(gradient, node.channel_axis)
 
     def _join_record(self, node: Node, join: Join) -> SignalRecord:
-        scale = join.scale * _declared_scale(self.model.get_submodule(join.end_module))
+        scale = join.scale
+        if join.end_module is not None:
+            scale *= _declared_scale(self.model.get_submodule(join.end_module))
         residual = None
         if join.branch_statistics is not None and scale != 0:
             residual = float(join.branch_statistics[1]) / scale**2
@@ -235,14 +248,14 @@ def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:
     return f"the forward of {type(model).__name__} failed; the last module reached was {place}: {error}{hint}"
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse_what_cannot_run(model: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is scripted or traced: give the eager model that it was made from")
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: give the model real parameters first")
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} is not initialized yet: run the model once before it is characterized")
-
-
-def _class_names(model: nn.Module, part: str) -> tuple[str, ...]:
-    return tuple(sorted({type(m).__name__ for m in model.modules() if part in type(m).__name__}))
 
 
 def _name_of(model: Any) -> str:

@@ -22,9 +22,11 @@ WEIGHT_LAYERS = {
     "mkldnn_rnn_layer": (0, 1),
     "_cudnn_rnn": (0, 1),
 }
-VIEWS = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "alias", "detach", "lift_fresh", "unsqueeze", "squeeze",
-    "expand", "clone", "_to_copy", "contiguous", "permute", "transpose", "t",
+RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
+# The same values, in another shape, order, place or precision.
+VIEWS = RESHAPES | {
+    "alias", "clone", "contiguous", "detach", "expand", "lift_fresh", "permute", "roll", "squeeze", "t", "_to_copy",
+    "transpose", "unsqueeze",
 }  # fmt: skip
 ADDITIONS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0, "addcmul": 1.0, "addcmul_": 1.0}
 SCALINGS = {"mul", "mul_", "div", "div_", "neg", "neg_"}
@@ -60,7 +62,7 @@ def channel_axis_after(op: str, args: Sequence[Any], parents: Sequence[Activatio
     if source is None or source.channel_axis is None:
         return None
     axis, ndim = source.channel_axis, len(source.shape)
-    if op in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+    if op in RESHAPES:
         return _axis_after_view(source.shape, axis, tuple(out.shape))
     if op == "permute":
         return [d % ndim for d in args[1]].index(axis)

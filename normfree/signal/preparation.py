@@ -10,6 +10,7 @@ from torch import Tensor, nn
 # Learnable scalars and vectors that multiply a weight or a branch, by the names in use.
 _GAIN = re.compile(r"(^|\.)(skip_?(init_?)?gain|gain)$")
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @contextlib.contextmanager
@@ -48,41 +49,53 @@ def _is_frozen(norm: nn.Module, model: nn.Module) -> bool:
     return bool(own) and not any(p.requires_grad for p in own) and any(p.requires_grad for p in model.parameters())
 
 
+def is_normalizer(module: nn.Module) -> bool:
+    """Whether a module normalizes: torch's own, and what is called a norm and has an eps."""
+    return "Norm" in type(module).__name__ and hasattr(module, "eps")
+
+
+def standardizes(module: nn.Module) -> bool:
+    """Whether a module standardizes its weights: it says so (`standardize`), or is called "…Std…", as timm's are."""
+    return bool(getattr(module, "standardize", "Std" in type(module).__name__))
+
+
 def closed_parameters(model: nn.Module) -> list[str]:
     """Parameters that close a branch wherever it is: gains and normalizers' weights that are all zero."""
     found = []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            is_norm_weight = name == "weight" and "Norm" in type(module).__name__
+            # Others' may multiply by 1 + weight.
+            is_norm_weight = name == "weight" and isinstance(module, _TORCH_NORMS)
             if (is_norm_weight or _GAIN.search(full)) and parameter.numel() and not bool(parameter.any()):
                 found.append(full)
     return found
 
 
 def closed_multipliers(model: nn.Module, names: set[str]) -> list[str]:
-    """Those of the named parameters, which multiply a branch, that are at a constant other than 1.
+    """Those of the named parameters, which multiply a branch, that hold it closed: the same small number everywhere.
 
-    LayerScale starts at 1e-6 to 0.1 everywhere, SkipInit and ReZero at 0; what training has moved is left alone.
+    LayerScale starts at 1e-6 to 0.1 in every channel, SkipInit and ReZero at 0; what training has moved is left alone.
     """
     parameters = dict(model.named_parameters())
     found = []
     for name in sorted(names & parameters.keys()):
-        value = parameters[name].detach()
-        if value.numel() and bool((value == value.flatten()[0]).all()) and abs(float(value.flatten()[0])) < 1:
+        value = parameters[name].detach().flatten()
+        limit = 1.0 if value.numel() > 1 else 1e-2
+        if value.numel() and bool((value == value[0]).all()) and abs(float(value[0])) < limit:
             found.append(name)
     return found
 
 
 @contextlib.contextmanager
 def opened(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """The named parameters set to one."""
+    """The named parameters set to one; their memory is exchanged, not written."""
     parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in names}
+    before = {name: parameters[name].data for name in names}
     try:
-        for name in names:
-            parameters[name].data.fill_(1)
+        for name, value in before.items():
+            parameters[name].data = torch.ones_like(value)
         yield
     finally:
         for name, value in before.items():
-            parameters[name].data.copy_(value)
+            parameters[name].data = value

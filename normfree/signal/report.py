@@ -1,9 +1,7 @@
 """What was measured, block by block, and what can be said of it."""
 
-import csv
 import dataclasses
-import io
-import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,8 +52,10 @@ class SignalRecord:
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def std(self, statistic: str) -> float:
-        """Sample standard deviation of a statistic over the seeds; 0 for a single one."""
+        """Sample standard deviation of a statistic over the seeds; 0 for a single one, NaN if one is not finite."""
         values = self.samples.get(statistic, ())
+        if not all(map(math.isfinite, values)):
+            return math.nan
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
@@ -89,7 +89,7 @@ class SignalReport:
                 values = [getattr(row, statistic) for row in rows]
                 if None not in values:
                     samples[statistic] = tuple(values)
-            means = {statistic: statistics.fmean(values) for statistic, values in samples.items()}
+            means = {name: statistics.fmean(samples[name]) if name in samples else None for name in STATISTICS}
             merged.append(dataclasses.replace(rows[0], samples=samples, **means))
         return dataclasses.replace(first, records=tuple(merged), seeds=len(reports))
 
@@ -141,9 +141,12 @@ class SignalReport:
     def save(self, path: str | Path) -> Path:
         """Write the report where its suffix says: .html, .png, .svg (charts), .csv, .json. Returns the path.
 
-        Raises ValueError for another suffix, OSError where the file cannot be written.
+        Raises ValueError for another suffix, OSError where the file cannot be written, ImportError for charts without
+        the extra "charts".
         """
-        return save([self], path)
+        from normfree.signal.charts import compare
+
+        return compare([self]).save(path)
 
     def __rich__(self) -> Any:
         from normfree.signal.table import rich_table
@@ -159,39 +162,3 @@ class SignalReport:
         from normfree.signal.charts import compare
 
         return compare([self])._repr_html_()
-
-
-DATA_SUFFIXES = (".csv", ".json")
-
-
-def save(reports: Sequence[SignalReport], path: str | Path) -> Path:
-    """Write several reports into one file; see `SignalReport.save`. JSON of several reports is a list of them."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        documents = [
-            dataclasses.asdict(report) | {"records": report.to_dicts(), "verdicts": report.verdicts}
-            for report in reports
-        ]
-        path.write_text(
-            json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n", encoding="utf-8"
-        )
-    elif suffix == ".csv":
-        path.write_text(_to_csv(reports), encoding="utf-8")
-    else:
-        from normfree.signal.charts import compare
-
-        compare(reports).save(path)
-    return path
-
-
-def _to_csv(reports: Sequence[SignalReport]) -> str:
-    rows = [{"model": report.model} | row for report in reports for row in report.to_dicts()]
-    for row in rows:
-        del row["samples"]
-        row["shape"] = "x".join(map(str, row["shape"]))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()

@@ -6,18 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from normfree.signal.operations import VIEWS
 from normfree.signal.tape import Node, Operand, Tape
 
 # Between an addition and the softmax or gate that consumes it.
-_ELEMENTWISE = {
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "clone", "expand", "unsqueeze", "squeeze", "_to_copy",
-    "mul", "div", "add", "mul_", "div_", "add_", "masked_fill", "masked_fill_", "alias",
-}  # fmt: skip
+_ELEMENTWISE = VIEWS | {"mul", "div", "add", "mul_", "div_", "add_", "masked_fill", "masked_fill_"}
+_PRODUCTS = {"mul", "mul_", "bmm", "mm", "baddbmm", "addcmul"}
 _GATES = {"_softmax", "_safe_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"}
-_SAME_VALUES = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "clone", "alias", "detach",
-    "contiguous", "_to_copy", "unsqueeze", "squeeze", "roll", "lift_fresh",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Join:
     branch_statistics: Tensor | None  # at the end of the branch, before `scale`
     scale: float  # product of the scalars between the end of the branch and the addition
     factor: float  # of the branch in the addition itself (alpha of torch.add)
-    end_module: str  # the module that computed the end of the branch
+    end_module: str | None  # the module that computed the end of the branch, and scaled it itself if at all
     parameters: tuple[str, ...]  # parameters that multiply the branch after its end (SkipInit, LayerScale)
 
 
@@ -60,20 +55,23 @@ def _join(nodes: list[Node], node: Node) -> Join | None:
     ancestor = _latest_common_ancestor(nodes, [term.node for term in node.terms])
     if ancestor is None:
         return None
-    lengths = [_longest_paths(nodes, ancestor, term.node) for term in node.terms]
-    branch = max(range(len(lengths)), key=lambda i: lengths[i])
-    if lengths[branch][0] == 0:
+    paths = [_paths(nodes, ancestor, term.node) for term in node.terms]
+    branch = max(range(len(paths)), key=lambda i: paths[i].rank)
+    shortcut = min(range(len(paths)), key=lambda i: paths[i].rank)
+    if paths[branch].most_layers == 0:
         return None
-    shortcut = min(range(len(lengths)), key=lambda i: lengths[i])
+    shapes = {nodes[term.node].shape for term in node.terms}
+    if len(shapes) > 1 and paths[shortcut].fewest_layers > 0:
+        return None  # two paths of which one is broadcast: an embedding of time or class is added
     end, scale, statistics, parameters = _walk_back(nodes, node.terms[branch])
     return Join(
         node=node.index,
         module=node.module,
-        shortcut=_shortcut_kind(nodes, ancestor, node.terms[shortcut].node, lengths[shortcut][0]),
+        shortcut=paths[shortcut].kind,
         branch_statistics=statistics,
         scale=scale,
         factor=node.terms[branch].factor,
-        end_module=end.module,
+        end_module=end,
         parameters=parameters,
     )
 
@@ -112,43 +110,64 @@ def _between(nodes: list[Node], ancestor: int, end: int) -> list[int]:
     return sorted(on_path - {ancestor})
 
 
-def _longest_paths(nodes: list[Node], ancestor: int, end: int) -> tuple[int, int]:
-    """The most weight layers, and the most operations, on a path from the ancestor to the end."""
-    layers, operations = {ancestor: 0}, {ancestor: 0}
-    for index in _between(nodes, ancestor, end):
-        known = [parent for parent in nodes[index].parents if parent in layers]
-        layers[index] = max(layers[p] for p in known) + nodes[index].weight_layer
+@dataclass(frozen=True)
+class _Paths:
+    """What lies between an ancestor and a term."""
+
+    fewest_layers: int  # weight layers on a path
+    most_layers: int
+    operations: int  # on the longest path
+    kind: str  # of a shortcut that goes there
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Larger for a branch than for its shortcut; what lets the ancestor through unweighted is a shortcut first."""
+        return self.fewest_layers > 0, self.most_layers, self.operations
+
+
+def _paths(nodes: list[Node], ancestor: int, end: int) -> _Paths:
+    fewest, most, operations = {ancestor: 0}, {ancestor: 0}, {ancestor: 0}
+    path = _between(nodes, ancestor, end)
+    for index in path:
+        known = [parent for parent in nodes[index].parents if parent in most]
+        fewest[index] = min(fewest[p] for p in known) + nodes[index].weight_layer
+        most[index] = max(most[p] for p in known) + nodes[index].weight_layer
         operations[index] = max(operations[p] for p in known) + 1
-    return layers[end], operations[end]
+    unweighted = [nodes[index] for index in path if fewest[index] == 0]
+    kind = "projection" if fewest[end] else _unweighted_kind(unweighted)
+    return _Paths(fewest[end], most[end], operations[end], kind)
 
 
-def _walk_back(nodes: list[Node], term: Operand) -> tuple[Node, float, Tensor | None, tuple[str, ...]]:
-    """From a term of the addition to where its branch ends: through scalars, stochastic depth and views."""
-    # The statistics are those of the term's node: whatever scaled it before the addition is divided out by the caller.
-    node, scale, statistics = nodes[term.node], 1.0, term.statistics
-    parameters: tuple[str, ...] = ()
-    while len(node.parents) == 1:
-        parameters += node.parameters
-        if node.factor is not None:
-            scale *= node.factor
-        elif node.masked and nodes[node.parents[0]].statistics is not None:
-            statistics, scale = nodes[node.parents[0]].statistics, 1.0
-        elif not node.parameters and node.op not in _SAME_VALUES:
-            break
-        node = nodes[node.parents[0]]
-    return node, scale, statistics, parameters
-
-
-def _shortcut_kind(nodes: list[Node], ancestor: int, end: int, layers: int) -> str:
-    if layers:
-        return "projection"
-    path = [nodes[index] for index in _between(nodes, ancestor, end)]
-    operations = {node.op for node in path if node.factor != 1} - _SAME_VALUES
+def _unweighted_kind(path: list[Node]) -> str:
+    operations = {node.op for node in path if node.factor != 1 and not node.terms} - VIEWS
     if not operations:
         return "identity"
     if any("pool" in op for op in operations):
         return "pooling"
     return "padding" if any("pad" in op for op in operations) else "elementwise"
+
+
+def _walk_back(nodes: list[Node], term: Operand) -> tuple[str | None, float, Tensor | None, tuple[str, ...]]:
+    """From a term of the addition to where its branch ends: through scalars, stochastic depth and views.
+
+    The module there, unless its own multiplications were among those passed (what it says of its scale is then already
+    accounted for), the product of the scalars, the statistics, and the parameters that multiply.
+    """
+    # The statistics are those of the term's node: whatever scaled it before the addition is divided out by the caller.
+    node, scale, statistics = nodes[term.node], 1.0, term.statistics
+    parameters: tuple[str, ...] = ()
+    scaled_in = set()
+    while len(node.parents) == 1:
+        parameters += node.parameters
+        if node.factor is not None:
+            scale *= node.factor
+            scaled_in.add(node.module)
+        elif node.masked and nodes[node.parents[0]].statistics is not None:
+            statistics, scale = nodes[node.parents[0]].statistics, 1.0
+        elif not node.parameters and node.op not in VIEWS:
+            break
+        node = nodes[node.parents[0]]
+    return None if node.module in scaled_in else node.module, scale, statistics, parameters
 
 
 def _meets_weights(node: Node, children: dict[int, list[Node]]) -> bool:
@@ -165,14 +184,23 @@ def _meets_weights(node: Node, children: dict[int, list[Node]]) -> bool:
 
 
 def _feeds_only_gates(node: Node, children: dict[int, list[Node]]) -> bool:
+    """Whether all that follows is a softmax or a gate whose result multiplies another activation."""
     followers = children[node.index]
     for _ in range(8):
-        if not followers:
-            return False
+        gates = [child for child in followers if child.op in _GATES]
         rest = [child for child in followers if child.op not in _GATES]
-        if not rest:
-            return True
-        if len(rest) < len(followers) or any(child.op not in _ELEMENTWISE for child in rest):
+        if gates and not rest:
+            return all(_multiplies(gate, children) for gate in gates)
+        if not followers or gates or any(child.op not in _ELEMENTWISE for child in rest):
             return False
         followers = [grandchild for child in rest for grandchild in children[child.index]]
+    return False
+
+
+def _multiplies(gate: Node, children: dict[int, list[Node]]) -> bool:
+    followers = children[gate.index]
+    for _ in range(8):
+        if any(child.op in _PRODUCTS and len(child.parents) > 1 for child in followers):
+            return True
+        followers = [grandchild for child in followers for grandchild in children[child.index]]
     return False

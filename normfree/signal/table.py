@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normfree.signal.report import SignalReport
 
+_NONE = "–"
+
 
 def rich_table(report: "SignalReport") -> Any:
     """For `rich.print`; needs rich."""
@@ -23,7 +25,7 @@ def rich_table(report: "SignalReport") -> Any:
             table.add_section()
         previous = record.stage
         table.add_row(*map(escape, row))
-    return Group(table, *(Text(line) for line in footer(report)))
+    return Group(table, *(Text(f"· {line}") for line in footer(report)))
 
 
 def plain_text(report: "SignalReport") -> str:
@@ -34,7 +36,7 @@ def plain_text(report: "SignalReport") -> str:
     for row in (columns, *rows):
         padded = [c.rjust(w) if i > 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(padded).rstrip())
-    return "\n".join([*lines, *footer(report)])
+    return "\n".join([*lines, *(f"· {line}" for line in footer(report))])
 
 
 def title(report: "SignalReport") -> str:
@@ -45,10 +47,10 @@ def title(report: "SignalReport") -> str:
 
 def footer(report: "SignalReport") -> list[str]:
     """The verdicts, and what was done to the model to measure it."""
-    lines = [f"· {verdict}" for verdict in report.verdicts]
+    lines = report.verdicts
     if report.opened:
         shown = ", ".join(report.opened[:3]) + (", …" if len(report.opened) > 3 else "")
-        lines.append(f"· opened for the measurement (set to one): {len(report.opened)} parameters, {shown}")
+        lines.append(f"opened for the measurement (set to one): {len(report.opened)} parameters, {shown}")
     return lines
 
 
@@ -65,13 +67,11 @@ def cells(report: "SignalReport") -> tuple[list[str], list[list[str]]]:
         "residual variance": lambda r: _number(r.residual_variance),
         "gradient squared mean": lambda r: _number(r.gradient_squared_mean),
         "gradient variance": lambda r: _number(r.gradient_variance),
+        "residual gradient variance": lambda r: _number(r.gradient_residual_variance),
     }
-    optional = {"expected", "residual variance", "gradient squared mean", "gradient variance"}
-    shown = {
-        name: cell for name, cell in columns.items() if name not in optional or any(cell(r) != "–" for r in report)
-    }
+    shown = {name: cell for name, cell in columns.items() if any(cell(record) != _NONE for record in report)}
     return list(shown), [[cell(record) for cell in shown.values()] for record in report]
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return _NONE if value is None else f"{value:.4g}"

@@ -5,6 +5,7 @@ running. Only what descends from the inputs ("activations") becomes a node, and 
 tensor, so memory does not grow with depth.
 """
 
+import contextlib
 import functools
 import math
 import weakref
@@ -100,6 +101,8 @@ class _Recorder(TorchDispatchMode):
         self.reduce_weight_layers = reduce_weight_layers
         self.on_gradient = on_gradient
         self.names = {id(module): name for name, module in model.named_modules()}
+        # Their gates add activations at every time step; none of that is a residual stream.
+        self.recurrent = {name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
         self.stack: list[str] = []
         # Both by id of the tensor; the weak reference tells a tensor from a later one at the same address.
         self.node_of: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -113,8 +116,18 @@ class _Recorder(TorchDispatchMode):
 
     # ---- which module is running
 
-    def module_hooks(self) -> "_ModuleHooks":
-        return _ModuleHooks(self)
+    @contextlib.contextmanager
+    def module_hooks(self) -> Iterator[None]:
+        """Global forward hooks for the duration of a run."""
+        handles = (
+            module_hooks.register_module_forward_pre_hook(self.enter_module),
+            module_hooks.register_module_forward_hook(self.leave_module),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def enter_module(self, module: nn.Module, _: Any) -> None:
         name = self.names.get(id(module))
@@ -139,7 +152,8 @@ class _Recorder(TorchDispatchMode):
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         parents = self._parents(tensors)
         # Before the call: an operation in place overwrites what it reads.
-        terms = self._terms(op, args, kwargs) if parents else ()
+        recurrent = bool(self.stack) and self.stack[-1] in self.recurrent
+        terms = self._terms(op, args, kwargs) if parents and not recurrent else ()
         out = func(*args, **kwargs)
         if not parents:
             self._forget_overwritten(out, tensors)
@@ -326,23 +340,6 @@ class _Recorder(TorchDispatchMode):
             if tensor is not None and tensor.requires_grad and self.on_gradient is not None:
                 tensor.register_hook(functools.partial(self.on_gradient, index))
         self.awaiting_hook.clear()
-
-
-class _ModuleHooks:
-    """Global forward hooks for the duration of a run."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self.recorder = recorder
-
-    def __enter__(self) -> None:
-        self.handles = (
-            module_hooks.register_module_forward_pre_hook(self.recorder.enter_module),
-            module_hooks.register_module_forward_hook(self.recorder.leave_module),
-        )
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

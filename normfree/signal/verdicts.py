@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from normfree.signal.report import SignalRecord, SignalReport
 
+# Where the words begin: beyond these a network does not train, or only with care.
 EXPLODED = 100.0
 VANISHED = 0.01
+DRIFTED = 1.0
 
 
 def verdicts(report: "SignalReport") -> list[str]:
@@ -21,23 +23,18 @@ def verdicts(report: "SignalReport") -> list[str]:
     problem = _not_finite(report)
     if problem is not None:
         return [*words, problem]
-    findings = [
-        _too_large(report, EXPLODED),
-        _too_small(report, VANISHED),
-        _drift(report, 1.0),
-        _against_the_ledger(report),
-        _linear_growth(report),
-    ]
+    problems = [_too_large(report, EXPLODED), _too_small(report, VANISHED), _drift(report, DRIFTED)]
+    findings = [*problems, _against_the_ledger(report), _linear_growth(report)]
     words += [finding for finding in findings if finding]
-    if not any(findings[:3]):
+    if not any(problems):
         words.append(
             f"the signal neither explodes, vanishes nor drifts: variance {_range(r.variance for r in report)}, squared "
             f"mean at most {_number(max(r.squared_mean / r.variance for r in report))} of the variance"
         )
     if report.closed:
         words.append(
-            f"{len(report.closed)} branches are 0 and cannot be opened, {report.closed[0]} the first: their last layer "
-            "has zero weights"
+            f"{len(report.closed)} branches have variance 0 and cannot be opened, {report.closed[0]} the first: zero "
+            "weights, or a single position"
         )
     return words
 
@@ -54,14 +51,13 @@ def first_problem(
     if problem is None and max_variance is not None:
         problem = _too_large(report, max_variance)
     if problem is None and max_mean_to_std is not None:
-        problem = _drift(report, max_mean_to_std**2)
+        problem = _drift(report, max_mean_to_std)
     if problem is None and min_residual is not None:
         record = _first(report, lambda r: r.residual_variance is not None and r.residual_variance < min_residual)
         if record is not None:
-            problem = (
-                f"residual variance is {_number(record.residual_variance or 0.0)} at {record.name}, below "
-                f"{_number(min_residual)}: the branch adds nothing to its shortcut"
-            )
+            cause = ": the branch adds nothing to its shortcut" if (record.residual_variance or 0) < VANISHED else ""
+            value, limit = _number(record.residual_variance or 0.0), _number(min_residual)
+            problem = f"residual variance is {value} at {record.name}, below {limit}{cause}"
     return problem
 
 
@@ -74,37 +70,47 @@ def _too_large(report: "SignalReport", limit: float) -> str | None:
     record = _first(report, lambda r: r.variance > limit)
     if record is None:
         return None
+    words = f"variance passes {_number(limit)} at {record.name} ({_number(record.variance)})"
+    if record.variance <= EXPLODED:
+        return words
     growth = _growth_per_record(report)
-    cause = "nothing normalizes the branches or scales them down"
+    if growth > 1.05:
+        words += f", growing by a factor of {growth:.2f} per {report.kind}"
+    if report.kind != "join":
+        return words
     if report.normalizers:
-        cause = f"{' and '.join(report.normalizers)} bound the branches, not their sum"
-    elif report.standardized:
-        cause = "the weights are standardized, but nothing divides the blocks' input by its standard deviation"
-    rate = f", growing by a factor of {growth:.2f} per {report.kind}" if growth > 1.05 else ""
-    return f"variance passes {_number(limit)} at {record.name}{rate}: {cause}"
+        return f"{words}: {' and '.join(report.normalizers)} bound the branches, not their sum"
+    if report.standardized:
+        return f"{words}: the weights are standardized, but the blocks are not scaled down as they add up"
+    return f"{words}: nothing normalizes the branches or scales them down"
 
 
 def _too_small(report: "SignalReport", limit: float) -> str | None:
-    record = _first(report, lambda r: r.variance < limit)
+    # The last layer's outputs are logits, which may well start small.
+    records = [record for record in report if report.kind == "join" or len(record.shape) > 2]
+    record = next((record for record in records if record.variance < limit), None)
     if record is None:
         return None
-    return (
-        f"variance falls below {_number(limit)} at {record.name} ({_number(record.variance)}): the signal vanishes, "
-        "the weights before it are too small for the activation"
-    )
+    return f"variance falls below {_number(limit)} at {record.name} ({_number(record.variance)}): the signal vanishes"
 
 
 def _drift(report: "SignalReport", ratio: float) -> str | None:
-    record = _first(report, lambda r: r.squared_mean > ratio * r.variance)
+    """Where √(squared mean / variance) passes `ratio`."""
+    record = _first(report, lambda r: r.squared_mean > ratio**2 * r.variance)
     if record is None:
         return None
-    passes = "the variance" if ratio == 1 else f"{_number(ratio)} of the variance"
-    cause = "activations drift, the convolutions after them are not standardized"
-    if report.normalizers:
-        cause = f"{report.normalizers[0]} centers the branches, not the shortcut that they are added to"
-    elif report.standardized:
-        cause = "activations drift, the shortcut is not standardized"
-    return f"channel squared mean passes {passes} at {record.name}: {cause}"
+    if ratio == 1:
+        words = f"channel squared mean passes the variance at {record.name}"
+    else:
+        value = math.sqrt(record.squared_mean / record.variance) if record.variance else math.inf
+        words = f"√(squared mean / variance) is {_number(value)} at {record.name}, above {_number(ratio)}"
+    if record.squared_mean <= DRIFTED * record.variance or report.standardized:
+        return words
+    if not report.normalizers:
+        return f"{words}: activations drift, the convolutions after them are not standardized"
+    if report.kind != "join":
+        return words
+    return f"{words}: {report.normalizers[0]} centers the branches, not the shortcut that they are added to"
 
 
 def _against_the_ledger(report: "SignalReport") -> str | None:
@@ -113,11 +119,11 @@ def _against_the_ledger(report: "SignalReport") -> str | None:
         return None
     low, high = min(ratio for _, ratio in known), max(ratio for _, ratio in known)
     if low >= 0.75 and high <= 1.25:
-        return f"variance follows the prediction, 1 + α² per block, within {max(1 - low, high - 1):.0%}"
+        return f"variance follows the prediction, growing by α² per block from 1, within {max(1 - low, high - 1):.0%}"
     if low >= 0.25 and high <= min(4, 1.5 * low):
         return (
-            f"variance follows the prediction, 1 + α² per block, at {low:.2f} to {high:.2f} of its size: the "
-            "prediction is for white inputs of unit variance"
+            f"variance follows the prediction, growing by α² per block, at {low:.2f} to {high:.2f} of its size, as it "
+            "may where inputs are not white noise of unit variance"
         )
     record, _ = max(known, key=lambda item: abs(math.log(max(item[1], 1e-300))))
     return (
@@ -131,7 +137,9 @@ def _linear_growth(report: "SignalReport") -> str | None:
     steps, resets, last = [], [], None
     for _, group in groupby(report, key=lambda r: r.stage):
         stage = list(group)
-        steps += [b.variance - a.variance for a, b in pairwise(stage)]
+        # With activations after the addition a stage's first sum has two normalized terms, so it stands out.
+        regular = stage[1:] if len(stage) > 2 else stage
+        steps += [b.variance - a.variance for a, b in pairwise(regular)]
         if last is not None and stage[0].variance < last:
             resets.append(stage[0].name)
         last = stage[-1].variance

@@ -8,8 +8,6 @@ from normfree.models import create_model
 from normfree.signal import SignalReport, characterize
 from normfree.signal.inputs import input_shape, noise
 
-INPUTS = ("white noise", "photographs")
-
 
 def networks(depth: int) -> tuple[str, ...]:
     """With BatchNorm; with nothing; scaled but not standardized; normalizer-free."""
@@ -29,7 +27,7 @@ def signal_propagation(
     `advance` is called with what comes next, 8 times. Raises ValueError for a depth that the paper does not have.
     """
     photos = batch_function("photos", batch, input_shape)
-    draw = {INPUTS[0]: lambda model: noise(model, batch), INPUTS[1]: photos}
+    draw = {"white noise": lambda model: noise(model, batch), "photographs": photos}
     reports: dict[str, list[SignalReport]] = {label: [] for label in draw}
     for label, inputs in draw.items():
         for name in networks(depth):

@@ -114,6 +114,7 @@ def test_initialisation_of_the_batch_norm_networks(init):
         ("nf_resnet51", {}, "did you mean nf_resnet5"),
         ("nf_resnet50", {"widht": 1}, "no argument 'widht'"),
         ("nf_resnet50", {"activation": "rleu"}, "rleu"),
+        ("nf_resnet50", {"activation": torch.nn.ReLU()}, "is not known"),
         ("nf_resnet50", {"num_classes": -1}, "num_classes is -1"),
         ("nf_resnet50", {"stochastic_depth_rate": 1.0}, "stochastic_depth_rate is 1.0"),
         ("nf_resnet50", {"padding": "valid"}, "padding is 'valid'"),

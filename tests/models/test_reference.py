@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from normfree.models.checkpoints import load_haiku
+from normfree.models.checkpoints import haiku_key, load_haiku
 from tests.fixtures.recipe import make_param
 from tests.helpers import assert_close, reference_arrays, reference_network
 
@@ -53,7 +53,6 @@ def test_gradients(case):
     loss = -(targets * logits.log_softmax(1)).sum(1).mean()
     loss.backward()
     assert loss.item() == pytest.approx(float(expected["loss"]), rel=1e-12)
-    # The gradients, written in Haiku's layout by the loader's own map run backwards: into a model of gradients.
     actual = {"input": x.grad.permute(0, 2, 3, 1)} | _haiku_gradients(model)
     for key, gradient in expected.items():
         kind, _, parameter = key.partition("/")
@@ -74,11 +73,9 @@ def _assert_gradient(actual, expected, what):
 
 
 def _haiku_gradients(model):
-    from normfree.models.checkpoints import _haiku_key
-
     gradients = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         layout = {4: (2, 3, 1, 0), 2: (1, 0)}.get(gradient.ndim)
-        gradients[_haiku_key(model, name)] = gradient if layout is None else gradient.permute(layout)
+        gradients[haiku_key(model, name)] = gradient if layout is None else gradient.permute(layout)
     return gradients

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
+from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, create_model
+from normfree.nn import MaxPool2d
 from tests.helpers import assert_close, reference_arrays
 
 UNITS = reference_arrays("units_f64.npz")
@@ -201,6 +202,32 @@ def test_compile_and_export():
     assert_close(net[0].weight.grad, gradient, 1e-12)
     exported = torch.export.export(net, (x,)).module()
     assert_close(exported(x).detach(), expected.detach(), 1e-12)
+
+
+@pytest.mark.parametrize("size", [(15, 17), (16, 16), (33, 20)])
+def test_export_of_any_image_size(size):
+    dynamic = {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
+    net = nn.Sequential(network(), MaxPool2d())
+    example = torch.randn(2, 3, 24, 30, dtype=torch.float64)
+    exported = torch.export.export(net, (example,), dynamic_shapes=(dynamic,)).module()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    assert_close(exported(x).detach(), net(x).detach(), 1e-12)
+
+
+def test_meta_initialisation():
+    """Built without memory, given it, and reset: the scales are there again."""
+    arguments = {"width": 0.25, "se_ratio": 0.25, "skip_gain": 0.5}
+    with torch.device("meta"):
+        model = create_model("nf_resnet26", **arguments)
+    model = model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    expected = create_model("nf_resnet26", **arguments)
+    for (name, actual), reference in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        if "weight" not in name and "fc" not in name:  # linear layers are torch's, which resets them its own way
+            assert torch.equal(actual, reference), name
+    assert bool(torch.isfinite(model.eval()(torch.randn(1, 3, 32, 32))).all())
 
 
 def test_per_sample_gradients_equal_a_loop():

@@ -80,6 +80,16 @@ def test_refuses_a_reference_gain_that_is_another_function_s():
         gain("relu", source="authors")
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), lambda x: x.tanh_()])
+def test_activations_in_place(activation):
+    name = {"ReLU": "relu", "SiLU": "silu"}.get(type(activation).__name__, "tanh")
+    assert gain(activation) == pytest.approx(gain(name), rel=1e-12)
+
+
+def test_functions_that_return_truth_values():
+    assert gain(lambda x: x > 0) == pytest.approx(2, rel=1e-10)
+
+
 def test_leaves_modules_as_they_were():
     module = nn.PReLU().train()
     gain(module)

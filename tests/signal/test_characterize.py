@@ -1,6 +1,7 @@
 """What is measured under which conditions, and that the model comes back as it was."""
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -183,6 +184,50 @@ def test_layer_scale_is_found_by_what_it_does():
     assert characterize(model, X).opened == ()
 
 
+def test_gains_that_training_has_moved_stay():
+    model = network(gain=-0.3)
+    assert characterize(model, X).opened == ()
+
+
+def test_opened_parameters_may_share_memory():
+    model = network(gain=0.0)
+    shared = torch.zeros(1)
+    model[1].gain.data = shared.expand(3)[0]
+    characterize(model, X)
+    assert model[1].gain.item() == 0
+    assert shared.item() == 0
+
+
+def test_a_scale_that_the_block_applies_itself_is_counted_once():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.register_buffer("out_scale", torch.tensor(0.2))
+
+        def forward(self, x):
+            return x + self.out_scale * F.relu(self.conv(x))
+
+    model = Scaled()
+    with torch.no_grad():
+        expected = F.relu(model.conv(X)).var((0, 2, 3), correction=0).mean().item()
+    assert characterize(model, X)[0].residual_variance == pytest.approx(expected, rel=1e-4)
+
+
+def test_norms_that_multiply_by_one_plus_weight_are_left_alone():
+    class PlusOneRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps = 1e-6
+            self.weight = nn.Parameter(torch.zeros(16))
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+    model = nn.Sequential(PlusOneRMSNorm(), nn.Linear(16, 16))
+    assert characterize(model, torch.randn(4, 5, 16)).opened == ()
+
+
 def test_our_branches_are_divided_by_the_scales_they_declare():
     for se_ratio in (0.0, 0.25):
         torch.manual_seed(0)
@@ -216,6 +261,35 @@ def test_seeds_redraw_the_noise_of_a_module_and_the_parameters_of_a_factory():
     assert again.to_dicts() == of_factory.to_dicts()
     with pytest.raises(ValueError, match="neither this model nor these inputs are drawn"):
         characterize(model, X, seeds=2)
+
+
+def test_one_tensor_given_twice_is_one_tensor():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, a, b):
+            return a + self.conv(b)
+
+    assert characterize(Twice(), (X, X)).kind == "join"
+    assert characterize(Twice(), (X, X), backward=True).kind == "join"
+
+
+def test_outputs_in_a_dataclass():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return Output(self.net(x))
+
+    assert characterize(Net(), X, backward=True)[0].gradient_variance > 0
 
 
 def test_every_kind_of_input():
@@ -260,6 +334,14 @@ def test_arguments_that_cannot_be_used():
         characterize(nn.ReLU())
     with pytest.raises(ValueError, match="not initialized yet"):
         characterize(nn.Sequential(nn.LazyConv2d(3, 1)), X)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        traced = torch.jit.trace(network().eval(), X)
+    with pytest.raises(ValueError, match="scripted or traced"):
+        characterize(traced, X)
+    with torch.device("meta"):
+        empty = network()
+    with pytest.raises(ValueError, match="meta device"):
+        characterize(empty, X)
     with pytest.raises(SignalError, match="larger batch"):
         characterize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), X[:1, :, :3, :3])
 

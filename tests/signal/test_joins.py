@@ -41,7 +41,7 @@ def test_other_people_s_networks(name):
 class Branch(nn.Module):
     """x + f(x) in the form that a test asks for."""
 
-    def __init__(self, join, channels=6, norm=False):
+    def __init__(self, join, channels=6):
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -87,6 +87,9 @@ FORMS = {
     "pooling": (lambda m, x: F.max_pool2d(x, 3, 1, 1) + m.conv(x), 1, "pooling"),
     "padding": (lambda m, x: F.pad(x[:, :3], (0, 0, 0, 0, 0, 3)) + m.conv(x), 1, "padding"),
     "broadcast context": (lambda m, x: x + m.other(x.mean((2, 3), keepdim=True)), 1, "identity"),
+    "parallel branches": (lambda m, x: x + m.conv(F.relu(m.conv(x))) + m.other(x), 2, "identity"),
+    "consumed by an activation": (lambda m, x: torch.sigmoid(x + m.conv(x)), 1, "identity"),
+    "broadcast embedding": (lambda m, x: m.conv(x) + m.other(x.mean((2, 3), keepdim=True)), 0, None),
     "hand-written activation": (lambda m, x: x * torch.sigmoid(x) + 0.1 * x**3, 0, None),
     "constant": (lambda m, x: x + torch.ones_like(x) * m.scale, 0, None),
     "gate": (lambda m, x: x * torch.sigmoid(m.conv(x) + m.other(x)), 0, None),
@@ -120,6 +123,31 @@ def test_statistics_are_the_definition_s(form):
     assert record.squared_mean == pytest.approx(mean.square().mean().item(), rel=1e-4)
     assert record.variance == pytest.approx(total.var((0, 2, 3), correction=0).mean().item(), rel=1e-4)
     assert record.residual_variance == pytest.approx(branch.var((0, 2, 3), correction=0).mean().item(), rel=1e-4)
+
+
+def test_parallel_branches_are_told_from_the_stream():
+    """(x + f(x)) + g(x): the second join's branch is g, however short."""
+    torch.manual_seed(0)
+    model, x = Branch(FORMS["parallel branches"][0]), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        branch = model.other(model.stem(x))
+    expected = branch.var((0, 2, 3), correction=0).mean().item()
+    assert characterize(model, x)[1].residual_variance == pytest.approx(expected, rel=1e-4)
+
+
+def test_recurrent_layers_hide_no_joins():
+    class Net(nn.Module):
+        def __init__(self, cell):
+            super().__init__()
+            self.stem, self.cell = nn.Linear(8, 16), cell(16, 16, batch_first=True)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return x + self.cell(x)[0]
+
+    for cell in (nn.GRU, nn.LSTM, nn.RNN):
+        report = characterize(Net(cell), torch.randn(3, 5, 8), backward=True)
+        assert [record.name for record in report] == ["Net"], cell.__name__
 
 
 def test_stochastic_depth_of_the_user_is_seen_through():

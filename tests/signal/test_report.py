@@ -8,7 +8,6 @@ from rich.console import Console
 
 from normfree import SignalError, characterize, compare, create_model
 from normfree.signal import SignalRecord, SignalReport
-from normfree.signal.report import save
 
 
 def report(values, *, model="net", stages=None, **attributes):
@@ -96,7 +95,7 @@ def test_merge_averages_and_keeps_the_samples():
     assert merged[0].variance == 2
     assert merged[0].samples["variance"] == (1.0, 3.0)
     assert merged[0].std("variance") == pytest.approx(2**0.5)
-    assert merged[0].residual_variance == 1.0 if "residual_variance" in merged[0].samples else True
+    assert merged[0].residual_variance is None
     with pytest.raises(SignalError, match="other joins"):
         SignalReport.merge([a, report(HEALTHY)])
 
@@ -129,9 +128,33 @@ def test_saves_every_format(tmp_path, suffix):
 
 def test_several_reports_in_one_file(tmp_path):
     reports = [report(HEALTHY, model="a"), report(HEALTHY, model="b")]
-    assert [r["model"] for r in json.loads(save(reports, tmp_path / "x.json").read_text())] == ["a", "b"]
-    rows = list(csv.DictReader(save(reports, tmp_path / "x.csv").read_text().splitlines()))
+    assert [r["model"] for r in json.loads(compare(reports).save(tmp_path / "x.json").read_text())] == ["a", "b"]
+    rows = list(csv.DictReader(compare(reports).save(tmp_path / "x.csv").read_text().splitlines()))
     assert {row["model"] for row in rows} == {"a", "b"}
+
+
+def test_json_holds_no_infinity(tmp_path):
+    text = report([(0.1, float("inf"), float("nan"))]).save(tmp_path / "x.json").read_text()
+    record = json.loads(text, parse_constant=lambda constant: pytest.fail(constant))["records"][0]
+    assert record["variance"] is None
+
+
+def test_check_claims_no_cause_that_it_does_not_know():
+    healthy = report(HEALTHY, standardized=True)
+    for limits, words in (
+        ({"max_variance": 1.05}, "variance passes 1.05 at layer1.1 (1.08)"),
+        ({"max_mean_to_std": 0.1}, "√(squared mean / variance) is 0.134 at layer1.2, above 0.1"),
+        ({"min_residual": 2}, "residual variance is 1 at layer1.0, below 2"),
+    ):
+        with pytest.raises(SignalError) as error:
+            healthy.check(**limits)
+        assert str(error.value) == f"net: {words}"
+
+
+def test_names_in_a_figure_are_told_apart():
+    reports = [report(HEALTHY, model=name) for name in ("m", "m (2)", "m")]
+    spec = json.dumps(compare({"row": reports, "one": reports[0]}).to_vega_lite())
+    assert all(f'"{name}"' in spec for name in ("m", "m (2)", "m (3)"))
 
 
 def test_errors_of_saving(tmp_path):
