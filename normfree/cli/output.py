@@ -8,20 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from normfree.signal import SignalReport
-
-
-def show(report: SignalReport) -> None:
-    """A rich table on a terminal, plain lines in a pipe or a file."""
-    console = Console()
-    if console.is_terminal:
-        console.print(report)
-    else:
-        print(report, flush=True)
-
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """The same for any table; numbers stand on the right; in a pipe the cells are separated by tabs."""
+    """A rich table on a terminal, numbers on the right; lines of cells separated by tabs in a pipe or a file."""
     console = Console()
     if not console.is_terminal:
         for row in (columns, *rows):

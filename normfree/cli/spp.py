@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from torch import Tensor, nn
 
-from normfree.cli.output import announce, check_writable, progress, show
+from normfree.cli.output import announce, check_writable, progress
 from normfree.images import batch_function
 from normfree.signal import SignalReport, characterize
 from normfree.signal.charts import SUFFIXES, compare
@@ -52,12 +52,18 @@ def spp(
         draw = batch_function(input, batch, functools.partial(input_shape, size=image_size))
 
     reports: list[SignalReport] = []
-    with progress() as bar:
-        task = bar.add_task("", total=len(factories))
-        for name, factory in factories:
-            bar.update(task, description=name)
-            reports.append(characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name))
-            show(reports[-1])
-            bar.advance(task)
+    try:
+        with progress() as bar:
+            task = bar.add_task("", total=len(factories))
+            for name, factory in factories:
+                bar.update(task, description=name)
+                reports.append(
+                    characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name)
+                )
+                bar.advance(task)
+    finally:
+        # Those before the one that failed, too.
+        for report in reports:
+            print(report)
     if out is not None:
         announce([compare(reports, title="Signal propagation").save(out)])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,9 +155,10 @@ class SignalReport:
         return rich_table(self)
 
     def __str__(self) -> str:
-        from normfree.signal.table import plain_text
+        """A table: rich's where standard output is a terminal, plain lines where it is a pipe or a file."""
+        from normfree.signal import table
 
-        return plain_text(self)
+        return table.rich_text(self) if sys.stdout.isatty() else table.plain_text(self)
 
     def _repr_html_(self) -> str:
         from normfree.signal.charts import compare

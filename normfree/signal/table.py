@@ -28,6 +28,16 @@ def rich_table(report: "SignalReport") -> Any:
     return Group(table, *(Text(f"· {line}") for line in footer(report)))
 
 
+def rich_text(report: "SignalReport") -> str:
+    """The rich table as text, as wide as the terminal; needs rich."""
+    from rich.console import Console
+
+    console = Console()
+    with console.capture() as capture:
+        console.print(rich_table(report))
+    return capture.get().rstrip("\n")
+
+
 def plain_text(report: "SignalReport") -> str:
     """For pipes, files and `print`."""
     columns, rows = cells(report)
