@@ -44,6 +44,7 @@ def reference_network(case: str, name: str, dtype: torch.dtype, **arguments: Any
     """The network of a `forward_<case>.npz` with the recipe's parameters, and its input."""
     arrays = reference_arrays(f"forward_{case}.npz")
     meta, shapes = (json.loads(str(arrays[key])) for key in ("meta", "shapes"))
-    model = create_model(name, width=meta["width"], num_classes=10, dtype=dtype, stochastic_depth_rate=0.0, **arguments)
+    arguments |= {"drop_rate": 0.0, "stochastic_depth_rate": 0.0}
+    model = create_model(name, width=meta["width"], num_classes=10, dtype=dtype, **arguments)
     load_haiku(model, {key: make_param(key, shape) for key, shape in shapes.items()})
     return model.train(meta["is_training"]), nchw(make_input(meta["input_shape"])).to(dtype)

@@ -6,12 +6,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
+from normfree.models.nfnet import NFNet
 from normfree.models.resnet import ResNet
 from normfree.models.trunk import ResidualNetwork
-
-_BLOCKS = {NFResNet: ("NF_ResNet", "nf_res_block"), ResNet: ("ResNet", "res_block_v2")}
-_PARAMETERS = {"weight": "w", "bias": "bias", "gain": "gain", "skip_gain": "skip_gain"}
+from normfree.nn import ScaledWSConv2d
 
 
 def load_haiku(
@@ -70,7 +70,7 @@ def _from_haiku(value: Tensor, target: Tensor) -> Tensor:
 
 def haiku_key(model: ResidualNetwork, name: str) -> str:
     """Haiku's key of our parameter or buffer `name`; blocks are numbered across stages, the first has no suffix."""
-    network, block = _BLOCKS[type(model)]
+    network, block = _haiku_classes(model)
     path, _, leaf = name.rpartition(".")
     parts = path.split(".")
     inside = f"{network}/~/"
@@ -82,17 +82,38 @@ def haiku_key(model: ResidualNetwork, name: str) -> str:
             return f"{inside}//skip_gain"
         inside += "/~/"
         parts = parts[3:]
-    owner: nn.Module = model.get_submodule(path)
-    layer = {"stem": "initial_conv", "head": "linear", "final": "final_bn", "shortcut": "conv_shortcut"}.get(
-        parts[0], parts[0]
-    )
-    if parts[0] == "gate":
-        return f"{inside}squeeze_excite/~/{'linear' if parts[1] == 'fc0' else 'linear_1'}//{'wb'[leaf == 'bias']}"
-    if isinstance(owner, nn.Linear):
-        return f"{inside}{layer}//{'wb'[leaf == 'bias']}"
-    if isinstance(owner, nn.BatchNorm2d):
-        layer = layer.replace("pre", "bn")
-        if leaf.startswith("running"):
-            return f"{inside}{layer}/~/{leaf.removeprefix('running_')}_ema//average"
-        return f"{inside}{layer}//{'scale' if leaf == 'weight' else 'offset'}"
-    return f"{inside}{layer}//{_PARAMETERS[leaf]}"
+    owner = model.get_submodule(path)
+    layer = inside + _haiku_layer(model, owner, parts)
+    if isinstance(owner, ScaledWSConv2d):
+        return f"{layer}//{'w' if leaf == 'weight' else leaf}"
+    if not isinstance(owner, nn.BatchNorm2d):
+        return f"{layer}//{'w' if leaf == 'weight' else 'b'}"
+    if leaf.startswith("running"):
+        return f"{layer}/~/{leaf.removeprefix('running_')}_ema//average"
+    return f"{layer}//{'scale' if leaf == 'weight' else 'offset'}"
+
+
+def _haiku_classes(model: ResidualNetwork) -> tuple[str, str]:
+    """Haiku's names of the network and of its blocks."""
+    if isinstance(model, ResNet):
+        skipinit = model.config.skip_gain is not None
+        return ("SkipInit_ResNet", "nf_res_block") if skipinit else ("ResNet", "res_block_v2")
+    names = {NFResNet: ("NF_ResNet", "nf_res_block"), NFRegNet: ("NF_RegNet", "nf_block"), NFNet: ("NFNet", "nf_block")}
+    return names[type(model)]
+
+
+def _haiku_layer(model: ResidualNetwork, owner: nn.Module, parts: list[str]) -> str:
+    """Haiku's name of a layer within the network or a block; `parts` is our path to it."""
+    part = parts[0]
+    if "gate" in part:
+        return "squeeze_excite/~/" + ("linear" if parts[-1] == "fc0" else "linear_1")
+    if part == "conv":
+        layers = ["conv0", "conv1", "conv1b", "conv2"]
+        return layers[int(parts[1])] if isinstance(model, NFNet) else f"conv{parts[1]}"
+    if part == "pre":
+        return f"bn{parts[1]}"
+    if part == "stem" and isinstance(model, NFNet):
+        return f"stem_conv{int(parts[1]) // 2}"
+    if part == "final":
+        return "final_bn" if isinstance(owner, nn.BatchNorm2d) else "final_conv"
+    return {"stem": "initial_conv", "head": "linear", "shortcut": "conv_shortcut"}[part]

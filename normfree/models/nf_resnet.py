@@ -1,21 +1,13 @@
 """NF-ResNets: pre-activation ResNets without activation normalization (Brock et al. 2021, section 4)."""
 
-import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, conv_padding, plan_resnet
-from normfree.nn import (
-    MaxPool2d,
-    PreActivationBottleneck,
-    ScaledWSConv2d,
-    SqueezeExcite,
-    VarianceLedger,
-    gain,
-    make_activation,
-)
+from normfree.models.nf_blocks import NFBlocks
+from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, build_stages, check_config, plan_resnet
+from normfree.nn import MaxPool2d
 from normfree.nn.gain import GainSource
 
 
@@ -35,6 +27,9 @@ class NFResNetConfig:
     in_channels: int = 3
     padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
     gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
+    train_size: int = 224  # pixels
+    test_size: int = 256
+    weight_decay: float = 5e-5  # without gains, biases and skip gains
     standardize: bool = True  # False is the ablation: He initialisation and γ = 1, α and β kept
 
 
@@ -53,51 +48,18 @@ class NFResNet(ResidualNetwork):
 
     def __init__(self, config: NFResNetConfig) -> None:
         check_config(config)
-        gamma = gain(config.activation, source=config.gains) if config.standardize else 1.0
-        act = functools.partial(make_activation, config.activation)
-        ledger = VarianceLedger(config.alpha)
-        stages: list[list[nn.Module]] = [[] for _ in config.depths]
-        channels = int(16 * config.width)
-        stem = nn.Sequential(
-            _conv(config, config.in_channels, channels, 7, stride=2),
-            MaxPool2d(config.padding),
-        )
-        for plan in plan_resnet(config.depths, config.width, config.stochastic_depth_rate):
-            in_scale = gamma * ledger.enter_block(first_in_stage=plan.first_in_stage)
-            channels, inner = plan.out_channels, plan.out_channels // 4
-            branch_end: dict[str, Any] = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
-            gate = None
-            if config.se_ratio:
-                gate = SqueezeExcite(channels, config.se_ratio, gate_scale=2.0, **branch_end)
-            stages[plan.stage].append(
-                PreActivationBottleneck(
-                    pre=(act(), act(), act()),
-                    conv=(
-                        _conv(config, plan.in_channels, inner, 1, in_scale=in_scale),
-                        _conv(config, inner, inner, 3, stride=plan.stride, in_scale=gamma),
-                        _conv(config, inner, channels, 1, in_scale=gamma, **({} if gate else branch_end)),
-                    ),
-                    shortcut=_conv(config, plan.in_channels, channels, 1, stride=plan.stride, in_scale=in_scale)
-                    if plan.projects
-                    else None,
-                    gate=gate,
-                    drop_rate=plan.drop_rate,
-                    expected_variance=ledger.variance,
-                )
-            )
+        nf = NFBlocks(config)
+        plans = plan_resnet(config.depths, config.width, config.stochastic_depth_rate)
         super().__init__(
             config,
-            stem,
-            stages,
-            act(),
-            Head(channels, config.num_classes, drop_rate=config.drop_rate, in_scale=gamma, init_std=0.01),
+            nn.Sequential(nf.conv(config.in_channels, plans[0].in_channels, 7, stride=2), MaxPool2d(config.padding)),
+            build_stages(plans, lambda plan: nf.block(plan, plan.out_channels // 4)),
+            nf.activation(),
+            Head(
+                plans[-1].out_channels,
+                config.num_classes,
+                drop_rate=config.drop_rate,
+                in_scale=nf.gamma,
+                init_std=0.01,
+            ),
         )
-
-
-def _conv(
-    config: NFResNetConfig, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any
-) -> ScaledWSConv2d:
-    padding = conv_padding(config, kernel_size)
-    return ScaledWSConv2d(
-        in_channels, out_channels, kernel_size, padding=padding, standardize=config.standardize, **arguments
-    )

@@ -3,19 +3,23 @@
 import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from normfree.errors import suggest
-from normfree.models import nf_resnet, resnet
+from normfree.models import nf_regnet, nf_resnet, nfnet, resnet
 
+_FAMILIES: tuple[tuple[Callable[[Any], nn.Module], Mapping[str, Any]], ...] = (
+    (nf_resnet.NFResNet, nf_resnet.VARIANTS),
+    (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
+    (nfnet.NFNet, nfnet.VARIANTS),
+    (resnet.ResNet, resnet.VARIANTS),
+)
 _BUILDERS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
-    name: (network, config)
-    for network, variants in ((nf_resnet.NFResNet, nf_resnet.VARIANTS), (resnet.ResNet, resnet.VARIANTS))
-    for name, config in variants.items()
+    name: (network, config) for network, variants in _FAMILIES for name, config in variants.items()
 }
 
 

@@ -1,12 +1,22 @@
-"""The networks that NF-ResNets are compared with: pre-activation ResNets with BatchNorm, and with nothing."""
+"""What NF-ResNets are compared with: pre-activation ResNets with BatchNorm, with SkipInit, and with nothing."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, check_config, conv_padding, plan_resnet
-from normfree.nn import MaxPool2d, PreActivationBottleneck, SqueezeExcite, make_activation
+from normfree.models.trunk import (
+    RESNET_DEPTHS,
+    BlockPlan,
+    Head,
+    ResidualNetwork,
+    build_stages,
+    check_config,
+    conv_padding,
+    plan_resnet,
+)
+from normfree.nn import MaxPool2d, PreActivationBlock, SkipInit, SqueezeExcite, make_activation
 from normfree.nn.blocks import init_truncated_normal
 from normfree.nn.conv import SameConv2d
 
@@ -27,6 +37,10 @@ class ResNetConfig:
     num_classes: int = 1000  # 0: pooled features
     in_channels: int = 3
     padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
+    train_size: int = 224  # pixels
+    test_size: int = 256
+    weight_decay: float = 5e-5  # without biases, scales and skip gains
+    skip_gain: float | None = None  # initial SkipInit gain of every block; None: there are no such gains
     init: Literal["he", "reference"] = "he"  # N(0, 2/fan_in), or the authors' truncated normal of 0.774/fan_in
 
 
@@ -39,11 +53,16 @@ VARIANTS = {
     name.format(depth): ResNetConfig(depths, order=order)
     for name, order in _ORDERS.items()
     for depth, depths in RESNET_DEPTHS.items()
+} | {
+    f"skipinit_resnet{depth}": ResNetConfig(
+        depths, order="act", skip_gain=0.0, stochastic_depth_rate=0.1, init="reference"
+    )
+    for depth, depths in RESNET_DEPTHS.items()
 }
 
 
 class ResNet(ResidualNetwork):
-    """A pre-activation ResNet with BatchNorm in either order, or without; see `ResNetConfig`."""
+    """A pre-activation ResNet with BatchNorm in either order, SkipInit, or neither; see `ResNetConfig`."""
 
     def __init__(self, config: ResNetConfig) -> None:
         check_config(config)
@@ -51,34 +70,37 @@ class ResNet(ResidualNetwork):
             raise ValueError(f"order is {config.order!r}; it must be 'bn_act', 'act_bn' or 'act'")
         if config.init not in ("he", "reference"):
             raise ValueError(f"init is {config.init!r}; it must be 'he' or 'reference'")
-        stages: list[list[nn.Module]] = [[] for _ in config.depths]
-        channels = int(16 * config.width)
-        stem = nn.Sequential(_conv(config, config.in_channels, channels, 7, stride=2), MaxPool2d(config.padding))
-        for plan in plan_resnet(config.depths, config.width, config.stochastic_depth_rate):
-            channels, inner = plan.out_channels, plan.out_channels // 4
-            stages[plan.stage].append(
-                PreActivationBottleneck(
-                    pre=(_pre(config, plan.in_channels), _pre(config, inner), _pre(config, inner)),
-                    conv=(
-                        _conv(config, plan.in_channels, inner, 1),
-                        _conv(config, inner, inner, 3, stride=plan.stride),
-                        _conv(config, inner, channels, 1),
-                    ),
-                    shortcut=_conv(config, plan.in_channels, channels, 1, stride=plan.stride)
-                    if plan.projects
-                    else None,
-                    gate=SqueezeExcite(channels, config.se_ratio) if config.se_ratio else None,
-                    drop_rate=plan.drop_rate,
-                )
-            )
+        plans = plan_resnet(config.depths, config.width, config.stochastic_depth_rate)
+        stem = _conv(config, config.in_channels, plans[0].in_channels, 7, 2, bias=False)
+        features = plans[-1].out_channels
         init_std = 0.01 if config.init == "he" else 0.0
         super().__init__(
             config,
-            stem,
-            stages,
-            _pre(config, channels),
-            Head(channels, config.num_classes, drop_rate=config.drop_rate, in_scale=1.0, init_std=init_std),
+            nn.Sequential(stem, MaxPool2d(config.padding)),
+            build_stages(plans, functools.partial(_block, config)),
+            _pre(config, features),
+            Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=1.0, init_std=init_std),
         )
+
+
+def _block(config: ResNetConfig, plan: BlockPlan) -> PreActivationBlock:
+    channels, width = plan.out_channels, plan.out_channels // 4
+    gates: list[nn.Module] = []
+    if config.se_ratio:
+        gates.append(SqueezeExcite(channels, config.se_ratio))
+    if config.skip_gain is not None:
+        gates.append(SkipInit(config.skip_gain))
+    return PreActivationBlock(
+        pre=[_pre(config, plan.in_channels), _pre(config, width), _pre(config, width)],
+        conv=[
+            _conv(config, plan.in_channels, width, 1),
+            _conv(config, width, width, 3, plan.stride),
+            _conv(config, width, channels, 1),
+        ],
+        shortcut=_conv(config, plan.in_channels, channels, 1, plan.stride) if plan.projects else None,
+        gate=nn.Sequential(*gates) if gates else None,
+        drop_rate=plan.drop_rate,
+    )
 
 
 def _pre(config: ResNetConfig, channels: int) -> nn.Module:
@@ -89,8 +111,10 @@ def _pre(config: ResNetConfig, channels: int) -> nn.Module:
     return nn.Sequential(norm, activation) if config.order == "bn_act" else nn.Sequential(activation, norm)
 
 
-def _conv(config: ResNetConfig, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    bias = config.order == "act"  # a normalizer would take it away again
+def _conv(
+    config: ResNetConfig, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True
+) -> nn.Conv2d:
+    bias = bias and config.order == "act"  # a normalizer would take it away again
     padding = conv_padding(config, kernel_size)
     conv = SameConv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
     if config.init == "he":

@@ -1,6 +1,6 @@
 """What the paper's networks share: the plan of their blocks, and stem → stages → pooled head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,34 @@ class BlockPlan:
         return self.stride > 1 or self.in_channels != self.out_channels
 
 
-def plan_resnet(depths: Sequence[int], width: float, stochastic_depth_rate: float) -> Iterator[BlockPlan]:
-    """The blocks of a ResNet, in execution order: stages of 64, 128, 256, 512 times `width` channels."""
-    channels, index = int(16 * width), 0
-    for stage, depth in enumerate(depths):
+def plan_blocks(
+    stem: int, widths: Sequence[int], depths: Sequence[int], strides: Sequence[int], stochastic_depth_rate: float
+) -> list[BlockPlan]:
+    """The blocks of a residual network, in execution order, after a stem of `stem` channels."""
+    plans: list[BlockPlan] = []
+    channels = stem
+    for stage, (width, depth, stride) in enumerate(zip(widths, depths, strides, strict=True)):
         for position in range(depth):
-            out_channels = int(64 * 2**stage * width)
             first = position == 0
-            drop_rate = stochastic_depth_rate * index / sum(depths)
-            yield BlockPlan(stage, channels, out_channels, 2 if first and stage > 0 else 1, first, drop_rate)
-            channels, index = out_channels, index + 1
+            drop_rate = stochastic_depth_rate * len(plans) / sum(depths)
+            plans.append(BlockPlan(stage, channels, width, stride if first else 1, first, drop_rate))
+            channels = width
+    return plans
+
+
+def build_stages(plans: Sequence[BlockPlan], build: Callable[[BlockPlan], nn.Module]) -> list[list[nn.Module]]:
+    """What `build` makes of every plan, by stage, in execution order."""
+    stages: list[list[nn.Module]] = [[] for _ in range(plans[-1].stage + 1)]
+    for plan in plans:
+        stages[plan.stage].append(build(plan))
+    return stages
+
+
+def plan_resnet(depths: Sequence[int], width: float, stochastic_depth_rate: float) -> list[BlockPlan]:
+    """The blocks of a ResNet: stages of 64, 128, 256, 512 times `width` channels after a stem of 16 times."""
+    widths = [int(64 * 2**stage * width) for stage in range(len(depths))]
+    strides = [1] + [2] * (len(depths) - 1)
+    return plan_blocks(int(16 * width), widths, depths, strides, stochastic_depth_rate)
 
 
 def check_config(config: Any) -> None:
@@ -110,7 +128,7 @@ class ResidualNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.default_cfg = {"input_size": (config.in_channels, 224, 224)}
+        self.default_cfg = {"input_size": (config.in_channels, config.train_size, config.train_size)}
         self.stem = stem
         self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
         self.final = final

@@ -1,5 +1,7 @@
 """What residual networks are made of besides convolutions: the block, squeeze-excite, stochastic depth, pooling."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,12 +58,13 @@ class SqueezeExcite(nn.Module):
         return x * (gate * scale.to(gate.dtype))[:, :, None, None]
 
 
-class PreActivationBottleneck(nn.Module):
-    """The pre-activation bottleneck of ResNets, with or without normalization: all that differs is in its parts.
+class PreActivationBlock(nn.Module):
+    """The pre-activation residual block, with or without normalization: all that differs is in its parts.
 
-    (N, C, H, W) to (N, C', H / stride, W / stride). `pre` holds what comes before each convolution: an activation, or a
-    normalizer and an activation in either order. `shortcut` is a projection of `pre[0]`'s output, or None for the
-    identity, which takes the input as it is. `gate` (squeeze-excite) comes after the last convolution.
+    (N, C, H, W) to (N, C', H / stride, W / stride). `pre[i]` comes before `conv[i]`: an activation, or a normalizer and
+    an activation in either order. `shortcut` is a projection of `pre[0]`'s output, or None for the identity, which
+    takes the input as it is. Squeeze-excite comes after the last convolution (`gate`) or before the last `pre`
+    (`inner_gate`).
 
     In training each example's branch is dropped with probability `drop_rate` (stochastic depth; as in the authors'
     code what survives is not rescaled). `expected_variance` is the ledger's entry for the output, for whoever wants to
@@ -71,33 +74,66 @@ class PreActivationBottleneck(nn.Module):
     def __init__(
         self,
         *,
-        pre: tuple[nn.Module, nn.Module, nn.Module],
-        conv: tuple[nn.Module, nn.Module, nn.Module],
+        pre: Sequence[nn.Module],
+        conv: Sequence[nn.Module],
         shortcut: nn.Module | None,
-        gate: nn.Module | None,
+        gate: nn.Module | None = None,
+        inner_gate: nn.Module | None = None,
         drop_rate: float = 0.0,
         expected_variance: float | None = None,
     ) -> None:
         super().__init__()
-        self.pre0, self.pre1, self.pre2 = pre
-        self.conv0, self.conv1, self.conv2 = conv
+        self.pre = nn.ModuleList(pre)
+        self.conv = nn.ModuleList(conv)
         self.shortcut = shortcut
         self.gate = gate
+        self.inner_gate = inner_gate
         self.drop_rate = drop_rate
         self.expected_variance = expected_variance
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.pre0(x)
+        out = self.pre[0](x)
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv0(out)
-        out = self.conv1(self.pre1(out))
-        out = self.conv2(self.pre2(out))
+        out = self.conv[0](out)
+        for pre, conv in zip(self.pre[1:-1], self.conv[1:-1], strict=True):
+            out = conv(pre(out))
+        if self.inner_gate is not None:
+            out = self.inner_gate(out)
+        out = self.conv[-1](self.pre[-1](out))
         if self.gate is not None:
             out = self.gate(out)
         if not self.training or self.drop_rate == 0:
             return shortcut + out
         keep = out.new_empty(len(out), 1, 1, 1).bernoulli_(1 - self.drop_rate)
         return torch.addcmul(shortcut, out, keep)
+
+
+class SkipInit(nn.Module):
+    """x times a learnable scalar that starts at `skip_gain` (De & Smith 2020); any shape to the same."""
+
+    def __init__(self, skip_gain: float = 0.0) -> None:
+        super().__init__()
+        self._initial = skip_gain
+        self.skip_gain = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The gain that the module was made with."""
+        with torch.no_grad():
+            self.skip_gain.fill_(self._initial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.skip_gain
+
+
+class AveragePool2d(nn.Module):
+    """2×2 average pooling with stride 2; at odd sizes the last windows average what is there (SAME).
+
+    (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
 class MaxPool2d(nn.Module):

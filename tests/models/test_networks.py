@@ -10,38 +10,70 @@ from normfree.nn import ScaledWSConv2d
 from tests.helpers import assert_close, reference_json
 
 ZOO = reference_json("zoo_reference.json")
-OURS = {r"NF_ResNet(\d+)-width4": "nf_resnet{}", r"ResNet(\d+)-BN-preact-width4": "bn_resnet{}"}
+OURS = {
+    r"NF_ResNet(\d+)-width4": "nf_resnet{}",
+    r"ResNet(\d+)-BN-preact-width4": "bn_resnet{}",
+    r"SkipInit_ResNet(\d+)-width4": "skipinit_resnet{}",
+    r"NF_RegNet-B(\d)-width(0.75|1.0)": "nf_regnet_b{}",
+    r"NFNet-F(\d)": "nfnet_f{}",
+}
 
 
 def zoo_entries():
+    """Entry, our name, our arguments."""
     for entry in ZOO:
         for pattern, name in OURS.items():
             if match := re.fullmatch(pattern + "(-se)?", entry):
-                yield entry, name.format(match[1]), 0.25 if match[2] else 0.0
+                arguments = {"se_ratio": 0.25} if entry.endswith("-se") else {}
+                arguments |= {"width": float(match[2])} if "RegNet" in entry else {}
+                yield entry, name.format(match[1]), arguments
 
 
-@pytest.mark.parametrize(("entry", "name", "se_ratio"), list(zoo_entries()))
-def test_parameter_counts_equal_the_reference(entry, name, se_ratio):
+@pytest.mark.parametrize(("entry", "name", "arguments"), list(zoo_entries()))
+def test_counts_and_structure_equal_the_reference(entry, name, arguments):
     with torch.device("meta"):
-        model = create_model(name, se_ratio=se_ratio)
+        model = create_model(name, **arguments)
+    expected = ZOO[entry]
     count = sum(p.numel() for p in model.parameters())
-    assert count == ZOO[entry]["params"], f"{entry}: {count} parameters, expected {ZOO[entry]['params']}"
+    assert count == expected["params"], f"{entry}: {count} parameters, expected {expected['params']}"
+    blocks = [block for stage in model.stages for block in stage]
+    assert [block.conv[0].out_channels for block in blocks] == expected["block_inner_width"]
+    assert [block.conv[1].groups for block in blocks] == expected.get("block_groups", [1] * len(blocks))
+    if "block_stochdepth_rate" in expected and not name.startswith("bn"):
+        assert [block.drop_rate for block in blocks] == pytest.approx(expected["block_stochdepth_rate"])
+    for field in ("train_imsize", "test_imsize", "drop_rate"):
+        if field in expected:
+            assert getattr(model.config, field.replace("imsize", "size")) == expected[field], field
 
 
-def test_every_depth_is_there_in_every_form():
+def test_every_network_is_there_in_every_form():
     depths = (26, 50, 101, 152, 200, 288, 600)
-    forms = ("nf_resnet{}", "nf_resnet{}_unstandardized", "bn_resnet{}", "bn_resnet{}_relu_bn", "unnormalized_resnet{}")
-    assert sorted(list_models()) == sorted(form.format(depth) for form in forms for depth in depths)
+    forms = ("nf_resnet{}", "nf_resnet{}_unstandardized", "bn_resnet{}", "bn_resnet{}_relu_bn")
+    forms += ("unnormalized_resnet{}", "skipinit_resnet{}")
+    names = [form.format(depth) for form in forms for depth in depths]
+    names += [f"nf_regnet_b{level}" for level in range(9)]
+    names += [f"nfnet_f{level}{plus}" for level in range(8) for plus in ("", "_plus")]
+    assert sorted(list_models()) == sorted(names)
+
+
+def test_weight_decay_of_the_regnets():
+    for level in range(9):
+        with torch.device("meta"):
+            model = create_model(f"nf_regnet_b{level}")
+        assert model.config.weight_decay == pytest.approx(5e-5 + 1e-5 * level)
 
 
 def test_betas_equal_the_reference():
     model = create_model("nf_resnet50", width=0.25, dtype=torch.float64)
-    scales = [block.conv0.in_scale.item() for stage in model.stages for block in stage]
+    scales = [block.conv[0].in_scale.item() for stage in model.stages for block in stage]
     gamma = scales[0]  # β of the first block is 1
     assert [scale / gamma for scale in scales] == pytest.approx(ZOO["NF_ResNet50-width4"]["beta"], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["nf_resnet26", "bn_resnet26", "bn_resnet26_relu_bn", "unnormalized_resnet26"])
+@pytest.mark.parametrize(
+    "name",
+    ["nf_resnet26", "bn_resnet26", "bn_resnet26_relu_bn", "unnormalized_resnet26", "skipinit_resnet26", "nf_regnet_b0"],
+)
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 @pytest.mark.parametrize("size", [(57, 57), (64, 96), (33, 34), (1, 1)])
 def test_any_height_and_width(name, padding, size):
@@ -74,7 +106,7 @@ def test_arguments_reach_the_network():
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 512)
     assert model.head.drop.p == 0.3
     assert model.stages[0][0].gate.out_scale.item() == pytest.approx(0.3)
-    assert model.stages[0][0].conv2.out_scale.item() == 1
+    assert model.stages[0][0].conv[2].out_scale.item() == 1
     assert model.stages[0][0].gate.fc0.out_features == 32
     reference, exact = (create_model("nf_resnet26", width=0.25, gains=g) for g in ("reference", "exact"))
     ratio = reference.head.in_scale / exact.head.in_scale
@@ -85,8 +117,8 @@ def test_ablations_change_what_they_say():
     scaled = create_model("nf_resnet26_unstandardized", width=0.5)
     convolutions = [m for m in scaled.modules() if isinstance(m, ScaledWSConv2d)]
     assert not any(conv.standardize for conv in convolutions)
-    assert scaled.stages[0][1].conv0.in_scale.item() == pytest.approx(1.04**-0.5)  # β kept, γ = 1
-    assert scaled.stages[0][1].conv2.out_scale.item() == pytest.approx(0.2)  # α kept
+    assert scaled.stages[0][1].conv[0].in_scale.item() == pytest.approx(1.04**-0.5)  # β kept, γ = 1
+    assert scaled.stages[0][1].conv[2].out_scale.item() == pytest.approx(0.2)  # α kept
     bare = create_model("unnormalized_resnet26", width=0.5)
     kinds = {type(m) for m in bare.modules()}
     assert not any("Norm" in kind.__name__ or kind is ScaledWSConv2d for kind in kinds)
@@ -95,7 +127,7 @@ def test_ablations_change_what_they_say():
 def test_order_of_operations():
     for name, kinds in (("bn_resnet26", [nn.BatchNorm2d, nn.ReLU]), ("bn_resnet26_relu_bn", [nn.ReLU, nn.BatchNorm2d])):
         model = create_model(name, width=0.25)
-        assert [type(m) for m in model.stages[0][0].pre0] == kinds
+        assert [type(m) for m in model.stages[0][0].pre[0]] == kinds
         assert [type(m) for m in model.final] == kinds
 
 
@@ -103,7 +135,7 @@ def test_order_of_operations():
 def test_initialisation_of_the_batch_norm_networks(init):
     torch.manual_seed(0)
     model = create_model("bn_resnet26", width=2, init=init)
-    weight = model.stages[3][1].conv1.weight
+    weight = model.stages[3][1].conv[1].weight
     variance = (weight.var() * weight[0].numel()).item()
     assert variance == pytest.approx({"he": 2, "reference": 0.774}[init], rel=0.02), f"var · fan_in = {variance:.3f}"
 

@@ -6,17 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from normfree import characterize
 from normfree.models.checkpoints import haiku_key, load_haiku
 from tests.fixtures.recipe import make_param
-from tests.helpers import assert_close, reference_arrays, reference_network
+from tests.helpers import FIXTURES, assert_close, reference_arrays, reference_network
 
 CASES = {
     "nf_resnet50_w1_relu_64": ("nf_resnet50", {"gains": "reference"}),
     "nf_resnet50_w1_relu_se_64": ("nf_resnet50", {"gains": "reference", "se_ratio": 0.25}),
+    "nf_regnet_B0_w0.25_silu_64": ("nf_regnet_b0", {"gains": "reference"}),
+    "nf_regnet_B0_w0.75_silu_64": ("nf_regnet_b0", {"gains": "reference"}),
+    "nfnet_F0_w1_gelu_64": ("nfnet_f0", {"gains": "reference"}),
+    "skipinit_resnet50_w1_64": ("skipinit_resnet50", {}),
     "resnet50_bn_preact_w1_64": ("bn_resnet50", {}),
 }
-TOLERANCES = {("nf", torch.float64): 1e-9, ("nf", torch.float32): 1e-5,
-              ("bn", torch.float64): 1e-9, ("bn", torch.float32): 1e-4}  # fmt: skip
+WITH_GRADIENTS = [case for case in CASES if (FIXTURES / f"grads_{case}.npz").exists()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -26,7 +30,7 @@ def test_logits_and_features(case, dtype):
     model, x = reference_network(case, name, dtype, **arguments)
     expected = reference_arrays(f"forward_{case}.npz")
     features = model.forward_features(x)
-    tolerance = TOLERANCES[name[:2], dtype]
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4 if name.startswith("bn") else 1e-5
     assert_close(model.forward_head(features, pre_logits=True).detach(), expected["f64/pool"], tolerance, "pool")
     assert_close(model.forward_head(features).detach(), expected["f64/logits"], tolerance, "logits")
 
@@ -42,6 +46,20 @@ def test_batch_norm_in_eval_mode():
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_signal_metrics(case):
+    name, arguments = CASES[case]
+    model, x = reference_network(case, name, torch.float64, **arguments)
+    expected = reference_arrays(f"forward_{case}.npz")
+    for k, record in enumerate(characterize(model, x, open_branches=False)):
+        for value, key in (
+            (record.squared_mean, f"avg_sq_mean_{k + 1}"),
+            (record.variance, f"avg_var_{k + 1}"),
+            (record.residual_variance, f"res_avg_var_{k}"),
+        ):
+            assert value == pytest.approx(float(expected[f"f64/{key}"]), rel=1e-9), f"{key} ({record.name})"
+
+
+@pytest.mark.parametrize("case", WITH_GRADIENTS)
 def test_gradients(case):
     name, arguments = CASES[case]
     model, x = reference_network(case, name, torch.float64, **arguments)

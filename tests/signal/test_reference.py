@@ -4,6 +4,7 @@ import functools
 import math
 
 import pytest
+import torch
 
 from normfree import characterize, create_model
 from tests.helpers import reference_json
@@ -15,6 +16,8 @@ NETWORKS = {
     "NF_ResNet50-se-w4-relu": ("nf_resnet50", {"se_ratio": 0.25}),
     "NF_ResNet101-w4-relu": ("nf_resnet101", {}),
     "ResNet50-BN-preact-w4": ("bn_resnet50", {"init": "reference"}),
+    "NF_RegNet-B0-w0.75-silu": ("nf_regnet_b0", {}),
+    "SkipInit_ResNet50-w4-gain1": ("skipinit_resnet50", {}),
 }
 
 
@@ -22,7 +25,12 @@ NETWORKS = {
 def test_every_block(case):
     name, arguments = NETWORKS[case]
     expected = reference_json("spp_reference.json")[case]
-    report = characterize(functools.partial(create_model, name, **arguments), seeds=SEEDS)
+    shape = expected["input_shape"]
+    report = characterize(
+        functools.partial(create_model, name, **arguments),
+        lambda model: torch.randn(shape[0], 3, *shape[1:3]),
+        seeds=SEEDS,
+    )
     assert len(report) == expected["n_blocks"]
     worst = ("", 0.0)
     for k, record in enumerate(report):

@@ -1,0 +1,85 @@
+"""The blocks of normalizer-free networks, whatever the family."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from normfree.models.trunk import BlockPlan, conv_padding
+from normfree.nn import (
+    AveragePool2d,
+    PreActivationBlock,
+    ScaledWSConv2d,
+    SqueezeExcite,
+    VarianceLedger,
+    gain,
+    make_activation,
+)
+
+
+class NFBlocks:
+    """Makes the convolutions and blocks of one network, in execution order: it keeps the network's γ and its ledger.
+
+    `config` has the fields that all families share: activation, alpha, skip_gain, se_ratio, padding, gains.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.standardize: bool = getattr(config, "standardize", True)
+        self.gamma = gain(config.activation, source=config.gains) if self.standardize else 1.0
+        self.ledger = VarianceLedger(config.alpha)
+
+    def activation(self) -> nn.Module:
+        """A new module of the network's activation."""
+        return make_activation(self.config.activation)
+
+    def conv(self, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any) -> ScaledWSConv2d:
+        """A scaled weight-standardized convolution under the network's padding."""
+        padding = conv_padding(self.config, kernel_size)
+        return ScaledWSConv2d(
+            in_channels, out_channels, kernel_size, padding=padding, standardize=self.standardize, **arguments
+        )
+
+    def block(
+        self,
+        plan: BlockPlan,
+        width: int,
+        *,
+        groups: int = 1,
+        middle: int = 1,
+        gate: Literal["end", "inner"] = "end",
+        pooled_shortcut: bool = False,
+    ) -> PreActivationBlock:
+        """The next block: 1×1 to `width`, `middle` grouped 3×3, 1×1 out; squeeze-excite where `gate` says.
+
+        `pooled_shortcut` halves the resolution of a projection shortcut by averaging rather than by its stride.
+        """
+        config, gamma = self.config, self.gamma
+        in_scale = gamma * self.ledger.enter_block(first_in_stage=plan.first_in_stage)
+        branch_end: dict[str, Any] = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
+        end_gate = inner_gate = None
+        if config.se_ratio and gate == "end":
+            end_gate = SqueezeExcite(plan.out_channels, config.se_ratio, gate_scale=2.0, **branch_end)
+            branch_end = {}
+        elif config.se_ratio:
+            inner_gate = SqueezeExcite(width, config.se_ratio, gate_scale=2.0)
+        strides = [plan.stride] + [1] * (middle - 1)
+        conv = [
+            self.conv(plan.in_channels, width, 1, in_scale=in_scale),
+            *(self.conv(width, width, 3, stride=stride, groups=groups, in_scale=gamma) for stride in strides),
+            self.conv(width, plan.out_channels, 1, in_scale=gamma, **branch_end),
+        ]
+        shortcut: nn.Module | None = None
+        if plan.projects:
+            pool = pooled_shortcut and plan.stride > 1
+            stride = 1 if pool else plan.stride
+            shortcut = self.conv(plan.in_channels, plan.out_channels, 1, stride=stride, in_scale=in_scale)
+            shortcut = nn.Sequential(AveragePool2d(), shortcut) if pool else shortcut
+        return PreActivationBlock(
+            pre=[self.activation() for _ in conv],
+            conv=conv,
+            shortcut=shortcut,
+            gate=end_gate,
+            inner_gate=inner_gate,
+            drop_rate=plan.drop_rate,
+            expected_variance=self.ledger.variance,
+        )

@@ -1,0 +1,77 @@
+"""NF-RegNets: normalizer-free networks across compute budgets (Brock et al. 2021, section 5)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from normfree.models.nf_blocks import NFBlocks
+from normfree.models.trunk import BlockPlan, Head, ResidualNetwork, build_stages, check_config, plan_blocks
+from normfree.nn import PreActivationBlock
+from normfree.nn.gain import GainSource
+
+
+@dataclass(frozen=True)
+class NFRegNetConfig:
+    """The arguments of the authors' `NF_RegNet`."""
+
+    widths: tuple[int, ...]  # channels per stage, before `width`; the stem has as many as the first stage
+    depths: tuple[int, ...]  # blocks per stage
+    train_size: int  # pixels
+    test_size: int
+    drop_rate: float  # dropout before the classifier
+    weight_decay: float  # without gains, biases and skip gains
+    width: float = 0.75  # multiplies all widths
+    expansion: float = 2.25  # inner width of a block over its input's channels, but for the first block, where it is 1
+    group_size: int = 8  # channels per group of the 3×3 convolutions
+    activation: str = "silu"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    se_ratio: float = 0.5  # hidden width of squeeze-excite over its channels, which are the inner ones
+    alpha: float = 0.2  # what a branch of unit variance is multiplied by
+    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
+    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
+    num_classes: int = 1000  # 0: pooled features
+    in_channels: int = 3
+    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
+    gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
+
+
+# widths, depths, train and test size, dropout; weight decay is 5e-5 + 1e-5 · level (the paper's, continued from B6 on).
+_LEVELS = (
+    ((48, 104, 208, 440), (1, 3, 6, 6), 192, 224, 0.2),
+    ((48, 104, 208, 440), (2, 4, 7, 7), 224, 256, 0.2),
+    ((56, 112, 232, 488), (2, 4, 8, 8), 240, 272, 0.3),
+    ((56, 128, 248, 528), (2, 5, 9, 9), 288, 320, 0.3),
+    ((64, 144, 288, 616), (2, 6, 11, 11), 320, 384, 0.4),
+    ((80, 168, 336, 704), (3, 7, 14, 14), 384, 456, 0.4),
+    ((88, 184, 376, 792), (3, 8, 16, 16), 448, 528, 0.5),
+    ((96, 208, 416, 880), (4, 10, 19, 19), 512, 600, 0.5),
+    ((104, 232, 456, 968), (4, 11, 22, 22), 600, 672, 0.5),
+)
+VARIANTS = {
+    f"nf_regnet_b{level}": NFRegNetConfig(*values, weight_decay=5e-5 + 1e-5 * level)
+    for level, values in enumerate(_LEVELS)
+}
+
+
+class NFRegNet(ResidualNetwork):
+    """A normalizer-free RegNet; see `NFRegNetConfig`. The same function as the authors' `NF_RegNet`."""
+
+    def __init__(self, config: NFRegNetConfig) -> None:
+        check_config(config)
+        nf = NFBlocks(config)
+        widths = [int(width * config.width) for width in config.widths]
+        plans = plan_blocks(widths[0], widths, config.depths, [2] * len(widths), config.stochastic_depth_rate)
+
+        def block(plan: BlockPlan) -> PreActivationBlock:
+            expansion = 1 if plan is plans[0] else config.expansion
+            groups = int(plan.in_channels * expansion) // config.group_size
+            return nf.block(plan, groups * config.group_size, groups=groups, gate="inner", pooled_shortcut=True)
+
+        features = 1280 * widths[-1] // 440
+        super().__init__(
+            config,
+            nf.conv(config.in_channels, widths[0], 3, stride=2),
+            build_stages(plans, block),
+            nn.Sequential(nf.conv(widths[-1], features, 1), nf.activation()),
+            Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=nf.gamma, init_std=0.0),
+        )

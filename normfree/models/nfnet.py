@@ -1,0 +1,84 @@
+"""NFNets (Brock, De, Smith & Simonyan 2021, arXiv 2102.06171): the successor of the paper's networks."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from normfree.models.nf_blocks import NFBlocks
+from normfree.models.trunk import BlockPlan, Head, ResidualNetwork, build_stages, check_config, plan_blocks
+from normfree.nn import PreActivationBlock
+from normfree.nn.gain import GainSource
+
+
+@dataclass(frozen=True)
+class NFNetConfig:
+    """The arguments of the authors' `NFNet`."""
+
+    depths: tuple[int, ...]  # blocks per stage
+    train_size: int  # pixels
+    test_size: int
+    drop_rate: float  # dropout before the classifier
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)  # channels per stage, before `width`
+    width: float = 1.0  # multiplies the widths of the stages
+    expansion: float = 0.5  # inner width of a block over its output's channels
+    group_size: int = 128  # channels per group of the 3×3 convolutions
+    middle: int = 2  # 3×3 convolutions per block
+    activation: str = "gelu_tanh"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    se_ratio: float = 0.5  # hidden width of squeeze-excite over its channels
+    alpha: float = 0.2  # what a branch of unit variance is multiplied by
+    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
+    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
+    num_classes: int = 1000  # 0: pooled features
+    in_channels: int = 3
+    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
+    gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
+    weight_decay: float = 2e-5  # without gains, biases and skip gains
+
+
+# train and test size, dropout
+_LEVELS = (
+    (192, 256, 0.2),
+    (224, 320, 0.3),
+    (256, 352, 0.4),
+    (320, 416, 0.4),
+    (384, 512, 0.5),
+    (416, 544, 0.5),
+    (448, 576, 0.5),
+    (480, 608, 0.5),
+)
+VARIANTS = {
+    f"nfnet_f{level}": NFNetConfig(tuple(depth * (level + 1) for depth in (1, 2, 6, 3)), *values)
+    for level, values in enumerate(_LEVELS)
+}
+VARIANTS |= {f"{name}_plus": replace(config, widths=(384, 768, 2048, 2048)) for name, config in VARIANTS.items()}
+
+
+class NFNet(ResidualNetwork):
+    """A normalizer-free network of the F-series; see `NFNetConfig`. The same function as the authors' `NFNet`."""
+
+    def __init__(self, config: NFNetConfig) -> None:
+        check_config(config)
+        nf = NFBlocks(config)
+        stem_channels = (config.in_channels, 16, 32, 64, config.widths[0] // 2)
+        stem: list[nn.Module] = []
+        for index, stride in enumerate((2, 1, 1, 2)):
+            stem += [nf.activation()] if index else []
+            in_scale = nf.gamma if index else 1.0
+            stem += [nf.conv(stem_channels[index], stem_channels[index + 1], 3, stride=stride, in_scale=in_scale)]
+        widths = [int(width * config.width) for width in config.widths]
+        plans = plan_blocks(stem_channels[-1], widths, config.depths, (1, 2, 2, 2), config.stochastic_depth_rate)
+
+        def block(plan: BlockPlan) -> PreActivationBlock:
+            groups = int(plan.out_channels * config.expansion) // config.group_size
+            width = groups * config.group_size
+            return nf.block(plan, width, groups=groups, middle=config.middle, pooled_shortcut=True)
+
+        features = 2 * widths[-1]
+        super().__init__(
+            config,
+            nn.Sequential(*stem),
+            build_stages(plans, block),
+            nn.Sequential(nf.conv(widths[-1], features, 1), nf.activation()),
+            Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=nf.gamma, init_std=0.01),
+        )
