@@ -1,6 +1,7 @@
 """Deep networks without activation normalization, and the tools to see why they work."""
 
 from normfree import models, nn, signal
+from normfree.fold import fold
 from normfree.models import create_model, list_models
 from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
 from normfree.signal import SignalError, SignalReport, characterize, compare
@@ -16,6 +17,7 @@ __all__ = [
     "characterize",
     "compare",
     "create_model",
+    "fold",
     "gain",
     "list_models",
     "models",

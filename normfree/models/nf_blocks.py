@@ -54,6 +54,8 @@ class NFBlocks:
         `pooled_shortcut` halves the resolution of a projection shortcut by averaging rather than by its stride.
         """
         config, gamma = self.config, self.gamma
+        if width < 1:
+            raise ValueError(f"width is {config.width}: too little for one group of a block's 3×3 convolutions")
         in_scale = gamma * self.ledger.enter_block(first_in_stage=plan.first_in_stage)
         branch_end: dict[str, Any] = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
         end_gate = inner_gate = None

@@ -13,12 +13,14 @@ from normfree.nn.standardize import EPS, standardize
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
     """Total padding along one axis that makes the output ⌈size / stride⌉ long; the odd one goes to the end (SAME)."""
     extent = dilation * (kernel_size - 1) + 1
+    if extent == 1:
+        return 0
     total = (-(-size // stride) - 1) * stride + extent - size
     # Only a kernel smaller than its stride leaves input over; elsewhere the size may be a symbol of an export.
     return total if extent >= stride else max(total, 0)
 
 
-class _SamePadding(nn.modules.conv._ConvNd):
+class SamePadding(nn.modules.conv._ConvNd):
     """Adds padding="same" with any stride to a convolution of torch, which knows it without strides only."""
 
     def __init__(
@@ -50,11 +52,11 @@ class _SamePadding(nn.modules.conv._ConvNd):
         return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class SameConv2d(_SamePadding, nn.Conv2d):
+class SameConv2d(SamePadding, nn.Conv2d):
     """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
 
 
-class _ScaledWS(_SamePadding):
+class ScaledWS(SamePadding):
     """What `ScaledWSConv1d`, `2d` and `3d` share; comes before torch's class in the method resolution order."""
 
     in_scale: Tensor
@@ -168,13 +170,13 @@ _DOC = """{n}-D convolution with scaled weight standardization (Brock et al. 202
     """
 
 
-class ScaledWSConv1d(_ScaledWS, nn.Conv1d):
+class ScaledWSConv1d(ScaledWS, nn.Conv1d):
     __doc__ = _DOC.format(n=1, axes="L", out="L'")
 
 
-class ScaledWSConv2d(_ScaledWS, nn.Conv2d):
+class ScaledWSConv2d(ScaledWS, nn.Conv2d):
     __doc__ = _DOC.format(n=2, axes="H, W", out="H', W'")
 
 
-class ScaledWSConv3d(_ScaledWS, nn.Conv3d):
+class ScaledWSConv3d(ScaledWS, nn.Conv3d):
     __doc__ = _DOC.format(n=3, axes="D, H, W", out="D', H', W'")

@@ -151,6 +151,7 @@ def test_initialisation_of_the_batch_norm_networks(init):
         ("nf_resnet50", {"stochastic_depth_rate": 1.0}, "stochastic_depth_rate is 1.0"),
         ("nf_resnet50", {"padding": "valid"}, "padding is 'valid'"),
         ("nf_resnet50", {"width": 0}, "width is 0"),
+        ("nfnet_f0", {"width": 0.25}, "too little for one group"),
         ("nf_resnet50", {"gains": "authors"}, "source is 'authors'"),
         ("bn_resnet50", {"alpha": 0.2}, "no argument 'alpha'"),
         ("bn_resnet50", {"init": "xavier"}, "init is 'xavier'"),
