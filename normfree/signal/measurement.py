@@ -135,6 +135,8 @@ class _Measurement:
         with measuring(self.model, batch_stats=self.batch_stats), opened(self.model, names):
             try:
                 self._run(tape, weight_layers)
+            except SignalError:
+                raise
             except Exception as error:
                 raise SignalError(_explain(self.model, tape, error)) from error
             joins = find_joins(tape)

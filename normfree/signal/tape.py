@@ -194,7 +194,7 @@ class _Recorder(TorchDispatchMode):
             node.factor = 1.0  # how Python's sum() begins
         if op == "stack":
             node.stacked_along = int(args[1] if len(args) > 1 else 0) % tensor.ndim
-        if terms or (node.weight_layer and self.reduce_weight_layers):
+        if terms or (node.weight_layer and self.reduce_weight_layers and tensor.is_floating_point()):
             node.statistics = channel_statistics(tensor, node.channel_axis)
             if self.on_gradient is not None:
                 self.awaiting_hook.append((weakref.ref(tensor), node.index))
@@ -318,7 +318,10 @@ class _Recorder(TorchDispatchMode):
                     if parent.statistics is None and op in ("mul", "div"):
                         parent.statistics = channel_statistics(activation, parent.channel_axis)
                 return
-        value = float(other.detach() if isinstance(other, Tensor) else other)
+        number = other.item() if isinstance(other, Tensor) else other
+        if not isinstance(number, int | float):
+            return  # complex
+        value = float(number)
         node.factor = value if op.startswith("mul") else (1 / value if value else math.inf)
 
     def _is_activation(self, value: Any) -> bool:

@@ -409,6 +409,32 @@ def test_inference_mode_autocast_and_compiled_models():
     assert half[1].variance == pytest.approx(expected[1].variance, rel=0.02)
 
 
+def test_complex_numbers_on_the_way():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x):
+            mixed = torch.fft.fft(x) * 1j * torch.tensor(2 + 1j)
+            return x + self.linear(mixed.real)
+
+    assert [record.name for record in characterize(Fourier(), torch.randn(4, 5, 16))] == ["Fourier"]
+
+
+def test_backward_needs_an_output_with_a_gradient():
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return self.net(x).detach()
+
+    with pytest.raises(SignalError, match="^no output has a gradient"):
+        characterize(Detached(), X, backward=True)
+
+
 def test_half_precision_models():
     model = network().bfloat16()
     assert characterize(model, X.bfloat16())[1].variance == pytest.approx(
