@@ -431,7 +431,7 @@ def test_backward_needs_an_output_with_a_gradient():
         def forward(self, x):
             return self.net(x).detach()
 
-    with pytest.raises(SignalError, match="^no output has a gradient"):
+    with pytest.raises(SignalError, match=r"^no output has a gradient"):
         characterize(Detached(), X, backward=True)
 
 
