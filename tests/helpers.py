@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from normfree.models import create_model
@@ -48,3 +49,26 @@ def reference_network(case: str, name: str, dtype: torch.dtype, **arguments: Any
     model = create_model(name, width=meta["width"], num_classes=10, dtype=dtype, **arguments)
     load_haiku(model, {key: make_param(key, shape) for key, shape in shapes.items()})
     return model.train(meta["is_training"]), nchw(make_input(meta["input_shape"])).to(dtype)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels, gain=None):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.gain = None if gain is None else nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x):
+        out = self.conv(F.relu(self.norm(x)))
+        return x + (out if self.gain is None else out * self.gain)
+
+
+def residual_network(**arguments):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), Residual(8, **arguments), nn.Dropout(0.5), Residual(8, **arguments)
+    )
+
+
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+"""An input of `residual_network`."""

@@ -1,5 +1,6 @@
 """The blocks of normalizer-free networks, whatever the family."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -14,18 +15,35 @@ from normfree.nn import (
     gain,
     make_activation,
 )
+from normfree.nn.gain import GainSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFConfig:
+    """What can be chosen of any normalizer-free network; each family adds its own."""
+
+    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
+    alpha: float = 0.2  # what a branch of unit variance is multiplied by
+    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
+    drop_rate: float = 0.0  # dropout before the classifier
+    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
+    num_classes: int = 1000  # 0: pooled features
+    in_channels: int = 3
+    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
+    gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
+    standardize: bool = True  # False is the ablation: He initialisation and γ = 1, α and β kept
+    train_size: int = 224  # pixels
+    test_size: int = 256
+    weight_decay: float = 5e-5  # without gains, biases and skip gains
 
 
 class NFBlocks:
-    """Makes the convolutions and blocks of one network, in execution order: it keeps the network's γ and its ledger.
+    """Makes the convolutions and blocks of one network, in execution order: it keeps the network's γ and its ledger."""
 
-    `config` has the fields that all families share: activation, alpha, skip_gain, se_ratio, padding, gains.
-    """
-
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: NFConfig) -> None:
         self.config = config
-        self.standardize: bool = getattr(config, "standardize", True)
-        self.gamma = gain(config.activation, source=config.gains) if self.standardize else 1.0
+        self.gamma = gain(config.activation, source=config.gains) if config.standardize else 1.0
         self.ledger = VarianceLedger(config.alpha)
 
     def activation(self) -> nn.Module:
@@ -36,7 +54,7 @@ class NFBlocks:
         """A scaled weight-standardized convolution under the network's padding."""
         padding = conv_padding(self.config, kernel_size)
         return ScaledWSConv2d(
-            in_channels, out_channels, kernel_size, padding=padding, standardize=self.standardize, **arguments
+            in_channels, out_channels, kernel_size, padding=padding, standardize=self.config.standardize, **arguments
         )
 
     def block(
@@ -55,7 +73,7 @@ class NFBlocks:
         """
         config, gamma = self.config, self.gamma
         if width < 1:
-            raise ValueError(f"width is {config.width}: too little for one group of a block's 3×3 convolutions")
+            raise ValueError("width is too little for one group of a block's 3×3 convolutions")
         in_scale = gamma * self.ledger.enter_block(first_in_stage=plan.first_in_stage)
         branch_end: dict[str, Any] = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
         end_gate = inner_gate = None

@@ -1,38 +1,25 @@
 """NF-RegNets: normalizer-free networks across compute budgets (Brock et al. 2021, section 5)."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from normfree.models.nf_blocks import NFBlocks
+from normfree.models.nf_blocks import NFBlocks, NFConfig
 from normfree.models.trunk import BlockPlan, Head, ResidualNetwork, build_stages, check_config, plan_blocks
 from normfree.nn import PreActivationBlock
-from normfree.nn.gain import GainSource
 
 
-@dataclass(frozen=True)
-class NFRegNetConfig:
+@dataclass(frozen=True, kw_only=True)
+class NFRegNetConfig(NFConfig):
     """The arguments of the authors' `NF_RegNet`."""
 
     widths: tuple[int, ...]  # channels per stage, before `width`; the stem has as many as the first stage
     depths: tuple[int, ...]  # blocks per stage
-    train_size: int  # pixels
-    test_size: int
-    drop_rate: float  # dropout before the classifier
-    weight_decay: float  # without gains, biases and skip gains
     width: float = 0.75  # multiplies all widths
     expansion: float = 2.25  # inner width of a block over its input's channels, but for the first block, where it is 1
     group_size: int = 8  # channels per group of the 3×3 convolutions
-    activation: str = "silu"  # a name of `normfree.nn.gain.ACTIVATIONS`
-    se_ratio: float = 0.5  # hidden width of squeeze-excite over its channels, which are the inner ones
-    alpha: float = 0.2  # what a branch of unit variance is multiplied by
-    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
-    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
-    num_classes: int = 1000  # 0: pooled features
-    in_channels: int = 3
-    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
-    gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
+    activation: str = "silu"
+    se_ratio: float = 0.5  # of the inner width
 
 
 # widths, depths, train and test size, dropout; weight decay is 5e-5 + 1e-5 · level (the paper's, continued from B6 on).
@@ -48,8 +35,15 @@ _LEVELS = (
     ((104, 232, 456, 968), (4, 11, 22, 22), 600, 672, 0.5),
 )
 VARIANTS = {
-    f"nf_regnet_b{level}": NFRegNetConfig(*values, weight_decay=5e-5 + 1e-5 * level)
-    for level, values in enumerate(_LEVELS)
+    f"nf_regnet_b{level}": NFRegNetConfig(
+        widths=widths,
+        depths=depths,
+        train_size=train_size,
+        test_size=test_size,
+        drop_rate=drop_rate,
+        weight_decay=5e-5 + 1e-5 * level,
+    )
+    for level, (widths, depths, train_size, test_size, drop_rate) in enumerate(_LEVELS)
 }
 
 

@@ -1,42 +1,24 @@
 """NF-ResNets: pre-activation ResNets without activation normalization (Brock et al. 2021, section 4)."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from normfree.models.nf_blocks import NFBlocks
+from normfree.models.nf_blocks import NFBlocks, NFConfig
 from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, build_stages, check_config, plan_resnet
 from normfree.nn import MaxPool2d
-from normfree.nn.gain import GainSource
 
 
-@dataclass(frozen=True)
-class NFResNetConfig:
-    """The arguments of the authors' `NF_ResNet`."""
+@dataclass(frozen=True, kw_only=True)
+class NFResNetConfig(NFConfig):
+    """The arguments of the authors' `NF_ResNet`; they use squeeze-excite with `se_ratio=0.25`."""
 
     depths: tuple[int, ...]  # blocks per stage
     width: float = 4  # the stem has 16 · width channels, the stages 64, 128, 256, 512 · width
-    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
-    se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none (the authors use 0.25)
-    alpha: float = 0.2  # what a branch of unit variance is multiplied by
-    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
-    drop_rate: float = 0.0  # dropout before the classifier
-    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
-    num_classes: int = 1000  # 0: pooled features
-    in_channels: int = 3
-    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
-    gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
-    train_size: int = 224  # pixels
-    test_size: int = 256
-    weight_decay: float = 5e-5  # without gains, biases and skip gains
-    standardize: bool = True  # False is the ablation: He initialisation and γ = 1, α and β kept
 
 
-VARIANTS = {f"nf_resnet{depth}": NFResNetConfig(depths) for depth, depths in RESNET_DEPTHS.items()} | {
-    f"nf_resnet{depth}_unstandardized": NFResNetConfig(depths, standardize=False)
-    for depth, depths in RESNET_DEPTHS.items()
-}
+VARIANTS = {f"nf_resnet{depth}": NFResNetConfig(depths=depths) for depth, depths in RESNET_DEPTHS.items()}
+VARIANTS |= {f"{name}_unstandardized": replace(config, standardize=False) for name, config in VARIANTS.items()}
 
 
 class NFResNet(ResidualNetwork):

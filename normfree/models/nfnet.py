@@ -1,39 +1,27 @@
 """NFNets (Brock, De, Smith & Simonyan 2021, arXiv 2102.06171): the successor of the paper's networks."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import nn
 
-from normfree.models.nf_blocks import NFBlocks
+from normfree.models.nf_blocks import NFBlocks, NFConfig
 from normfree.models.trunk import BlockPlan, Head, ResidualNetwork, build_stages, check_config, plan_blocks
 from normfree.nn import PreActivationBlock
-from normfree.nn.gain import GainSource
 
 
-@dataclass(frozen=True)
-class NFNetConfig:
+@dataclass(frozen=True, kw_only=True)
+class NFNetConfig(NFConfig):
     """The arguments of the authors' `NFNet`."""
 
     depths: tuple[int, ...]  # blocks per stage
-    train_size: int  # pixels
-    test_size: int
-    drop_rate: float  # dropout before the classifier
     widths: tuple[int, ...] = (256, 512, 1536, 1536)  # channels per stage, before `width`
     width: float = 1.0  # multiplies the widths of the stages
     expansion: float = 0.5  # inner width of a block over its output's channels
     group_size: int = 128  # channels per group of the 3×3 convolutions
     middle: int = 2  # 3×3 convolutions per block
-    activation: str = "gelu_tanh"  # a name of `normfree.nn.gain.ACTIVATIONS`
-    se_ratio: float = 0.5  # hidden width of squeeze-excite over its channels
-    alpha: float = 0.2  # what a branch of unit variance is multiplied by
-    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
-    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
-    num_classes: int = 1000  # 0: pooled features
-    in_channels: int = 3
-    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
-    gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
-    weight_decay: float = 2e-5  # without gains, biases and skip gains
+    activation: str = "gelu_tanh"
+    se_ratio: float = 0.5
+    weight_decay: float = 2e-5
 
 
 # train and test size, dropout
@@ -48,8 +36,13 @@ _LEVELS = (
     (480, 608, 0.5),
 )
 VARIANTS = {
-    f"nfnet_f{level}": NFNetConfig(tuple(depth * (level + 1) for depth in (1, 2, 6, 3)), *values)
-    for level, values in enumerate(_LEVELS)
+    f"nfnet_f{level}": NFNetConfig(
+        depths=tuple(depth * (level + 1) for depth in (1, 2, 6, 3)),
+        train_size=train_size,
+        test_size=test_size,
+        drop_rate=drop_rate,
+    )
+    for level, (train_size, test_size, drop_rate) in enumerate(_LEVELS)
 }
 VARIANTS |= {f"{name}_plus": replace(config, widths=(384, 768, 2048, 2048)) for name, config in VARIANTS.items()}
 
