@@ -5,6 +5,7 @@ from pathlib import Path
 from normfree.cli.output import announce, progress, show_table
 from normfree.models.trunk import RESNET_DEPTHS
 from normfree.signal import SignalReport, compare
+from normfree.signal.verdicts import mean_to_variance
 from normfree.studies.signal_propagation import signal_propagation
 
 
@@ -42,5 +43,5 @@ def demo(depth: int = 50, seeds: int = 3, batch: int = 4, out: Path = Path("norm
 
 
 def _row(report: SignalReport, label: str) -> tuple[str, ...]:
-    shift = max(record.squared_mean / record.variance for record in report)
+    shift = max(map(mean_to_variance, report))
     return report.model, label, f"{report[0].variance:.3g}", f"{report[len(report) - 1].variance:.3g}", f"{shift:.2g}"

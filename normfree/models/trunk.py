@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.nn.scales import Scales
+
 RESNET_DEPTHS = {
     26: (2, 2, 2, 2),
     50: (3, 4, 6, 3),
@@ -91,7 +93,7 @@ def conv_padding(config: Any, kernel_size: int) -> int | str:
     return "same" if config.padding == "same" else kernel_size // 2
 
 
-class Head(nn.Module):
+class Head(Scales):
     """(N, C, H, W) to (N, num_classes): global average, times γ of the last activation, dropout, linear."""
 
     in_scale: Tensor
@@ -103,14 +105,8 @@ class Head(nn.Module):
         if isinstance(self.fc, nn.Linear):
             nn.init.normal_(self.fc.weight, std=init_std)
             nn.init.zeros_(self.fc.bias)
-        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("in_scale", torch.empty((), dtype=exact))
-        self._initial_scale = in_scale
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The scale that the head was made with."""
-        self.in_scale.fill_(self._initial_scale)
+        self._register_scales(torch.empty(0), in_scale=in_scale)
+        self.reset_scales()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x.mean((2, 3)) * self.in_scale.to(x.dtype)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.conv import same_padding
+from normfree.nn.scales import Scales
 
 
-class SqueezeExcite(nn.Module):
+class SqueezeExcite(Scales):
     """Multiplies each channel by gate_scale · out_scale · skip_gain · sigmoid(fc1(relu(fc0(mean over H, W)))).
 
     (N, C, H, W) to the same. `out_scale` and `skip_gain` are the branch's α and SkipInit gain: at the end of a branch
@@ -37,18 +38,8 @@ class SqueezeExcite(nn.Module):
         for layer in (self.fc0, self.fc1):
             init_truncated_normal(layer.weight)
             nn.init.zeros_(layer.bias)
-        exact = torch.promote_types(self.fc0.weight.dtype, torch.float32)
-        self.register_buffer("out_scale", torch.empty((), dtype=exact))
-        self.skip_gain = None if skip_gain is None else nn.Parameter(torch.empty(()))
-        self._initial = {"out_scale": out_scale, "skip_gain": skip_gain}
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The scales that the gate was made with."""
-        with torch.no_grad():
-            for name, value in self._initial.items():
-                if value is not None:
-                    getattr(self, name).fill_(value)
+        self._register_scales(self.fc0.weight, out_scale=out_scale, skip_gain=skip_gain)
+        self.reset_scales()
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.gate_scale * self.out_scale
@@ -108,19 +99,15 @@ class PreActivationBlock(nn.Module):
         return torch.addcmul(shortcut, out, keep)
 
 
-class SkipInit(nn.Module):
+class SkipInit(Scales):
     """x times a learnable scalar that starts at `skip_gain` (De & Smith 2020); any shape to the same."""
+
+    skip_gain: nn.Parameter  # never None here
 
     def __init__(self, skip_gain: float = 0.0) -> None:
         super().__init__()
-        self._initial = skip_gain
-        self.skip_gain = nn.Parameter(torch.empty(()))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The gain that the module was made with."""
-        with torch.no_grad():
-            self.skip_gain.fill_(self._initial)
+        self._register_scales(torch.empty(0), skip_gain=skip_gain)
+        self.reset_scales()
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.skip_gain

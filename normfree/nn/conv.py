@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.nn.scales import Scales
 from normfree.nn.standardize import EPS, standardize
 
 
@@ -56,13 +57,12 @@ class SameConv2d(SamePadding, nn.Conv2d):
     """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
 
 
-class ScaledWS(SamePadding):
+class ScaledWS(Scales, SamePadding):
     """What `ScaledWSConv1d`, `2d` and `3d` share; comes before torch's class in the method resolution order."""
 
     in_scale: Tensor
     out_scale: Tensor
     gain: nn.Parameter
-    skip_gain: nn.Parameter | None
 
     def __init__(
         self,
@@ -92,18 +92,13 @@ class ScaledWS(SamePadding):
         )  # fmt: skip
         self.eps = eps
         self.standardize = standardize
-        self._initial = {"in_scale": in_scale, "out_scale": out_scale, "skip_gain": skip_gain}
-        weight = self.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        self.register_buffer("in_scale", torch.empty((), dtype=exact, device=weight.device))
-        self.register_buffer("out_scale", torch.empty((), dtype=exact, device=weight.device))
-        self.gain = nn.Parameter(weight.new_empty(out_channels))
-        self.skip_gain = None if skip_gain is None else nn.Parameter(weight.new_empty(()))
+        self._register_scales(self.weight, in_scale=in_scale, out_scale=out_scale, skip_gain=skip_gain)
+        self.gain = nn.Parameter(self.weight.new_empty(out_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weights N(0, 1/fan_in), or N(0, 2/fan_in) (He) without standardization; gains 1, biases 0."""
-        if not hasattr(self, "_initial"):
+        if "gain" not in self._parameters:
             return  # torch's constructor calls this before the gains exist
         fan_in = self.weight[0].numel()
         with torch.no_grad():
@@ -111,9 +106,7 @@ class ScaledWS(SamePadding):
             self.gain.fill_(1)
             if self.bias is not None:
                 self.bias.zero_()
-            for name, value in self._initial.items():
-                if value is not None:
-                    getattr(self, name).fill_(value)
+        self.reset_scales()
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """W_eff, of the weight's shape, and b_eff (out_channels,) or None: those of the plain convolution that this is.
@@ -131,16 +124,6 @@ class ScaledWS(SamePadding):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, *self.effective_parameters())
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # The scales are a few numbers that multiply whole networks: half precision must not round them.
-        exact = {name: self._buffers[name] for name in ("in_scale", "out_scale")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = before.to(after.device)
-        return self
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

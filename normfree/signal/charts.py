@@ -129,22 +129,23 @@ class SignalFigure:
     def to_html(self) -> str:
         """The page: interactive chart, verdicts, and a table per report."""
         title = self.title or "Signal propagation"
-        sections = "".join(
-            _section(name, label, report) for label, row in self.rows.items() for name, report in _named(row)
-        )
         # "<" cannot appear in the JSON, so no module's name can end the script element.
         spec = json.dumps(self.to_vega_lite()).replace("<", "\\u003c")
         return _PAGE.format(
             title=html.escape(title),
             caption=self._caption(),
-            sections=sections,
+            sections=self._sections(),
             spec=spec,
             bundle=_vl_convert().javascript_bundle(),
         )
 
     def _repr_html_(self) -> str:
-        return self._to_svg() + "".join(
-            _section(name, label, r) for label, row in self.rows.items() for name, r in _named(row)
+        return self._to_svg() + self._sections()
+
+    def _sections(self) -> str:
+        """Verdicts and a table per report, as HTML."""
+        return "".join(
+            _section(name, label, report) for label, row in self.rows.items() for name, report in _named(row)
         )
 
 

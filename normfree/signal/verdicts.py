@@ -29,7 +29,7 @@ def verdicts(report: "SignalReport") -> list[str]:
     if not any(problems):
         words.append(
             f"the signal neither explodes, vanishes nor drifts: variance {_range(r.variance for r in report)}, squared "
-            f"mean at most {_number(max(r.squared_mean / r.variance for r in report))} of the variance"
+            f"mean at most {_number(max(map(mean_to_variance, report)))} of the variance"
         )
     if report.closed:
         words.append(
@@ -59,6 +59,13 @@ def first_problem(
             value, limit = _number(record.residual_variance or 0.0), _number(min_residual)
             problem = f"residual variance is {value} at {record.name}, below {limit}{cause}"
     return problem
+
+
+def mean_to_variance(record: "SignalRecord") -> float:
+    """Channel squared mean over channel variance; 0 where the signal is 0, infinite where it is constant."""
+    if record.variance == 0:
+        return math.inf if record.squared_mean else 0.0
+    return record.squared_mean / record.variance
 
 
 def _not_finite(report: "SignalReport") -> str | None:
@@ -102,7 +109,7 @@ def _drift(report: "SignalReport", ratio: float) -> str | None:
     if ratio == 1:
         words = f"channel squared mean passes the variance at {record.name}"
     else:
-        value = math.sqrt(record.squared_mean / record.variance) if record.variance else math.inf
+        value = math.sqrt(mean_to_variance(record))
         words = f"√(squared mean / variance) is {_number(value)} at {record.name}, above {_number(ratio)}"
     if record.squared_mean <= DRIFTED * record.variance or report.standardized:
         return words

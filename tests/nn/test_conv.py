@@ -127,6 +127,15 @@ def test_dtypes_keep_exact_scales(dtype):
     assert ScaledWSConv2d(3, 4, 3, dtype=torch.bfloat16).in_scale.dtype == torch.float32
 
 
+def test_whole_networks_keep_exact_scales_in_half_precision():
+    exact = create_model("nf_resnet26", width=0.25, se_ratio=0.25)
+    half = create_model("nf_resnet26", width=0.25, se_ratio=0.25).bfloat16()
+    for (name, expected), actual in zip(exact.named_buffers(), half.buffers(), strict=True):
+        assert actual.dtype == torch.float32, name
+        assert torch.equal(actual, expected), name
+    assert half.eval()(torch.randn(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+
+
 def test_autocast():
     conv = ScaledWSConv2d(3, 4, 3)
     with torch.autocast("cpu", torch.bfloat16):

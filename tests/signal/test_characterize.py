@@ -199,6 +199,15 @@ def test_inference_mode_autocast_and_compiled_models():
     assert half[1].variance == pytest.approx(expected[1].variance, rel=0.02)
 
 
+def test_a_classifier_that_starts_at_zero_is_no_fault():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
+    nn.init.zeros_(model[3].weight)
+    nn.init.zeros_(model[3].bias)
+    report = characterize(model, X)
+    assert report[1].variance == 0
+    assert not any("vanishes" in verdict and "neither" not in verdict for verdict in report.verdicts)
+
+
 def test_complex_numbers_on_the_way():
     class Fourier(nn.Module):
         def __init__(self):
