@@ -2,7 +2,7 @@
 
 from normfree import models, nn, signal
 from normfree.fold import fold
-from normfree.models import create_model, list_models
+from normfree.models import create_model, from_pretrained, list_models
 from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
 from normfree.signal import SignalError, SignalReport, characterize, compare
 
@@ -18,6 +18,7 @@ __all__ = [
     "compare",
     "create_model",
     "fold",
+    "from_pretrained",
     "gain",
     "list_models",
     "models",

@@ -3,7 +3,7 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,29 @@ def reference_network(case: str, name: str, dtype: torch.dtype, **arguments: Any
     model = create_model(name, width=meta["width"], num_classes=10, dtype=dtype, **arguments)
     load_haiku(model, {key: make_param(key, shape) for key, shape in shapes.items()})
     return model.train(meta["is_training"]), nchw(make_input(meta["input_shape"])).to(dtype)
+
+
+class BlockStatistics(NamedTuple):
+    squared_mean: float
+    variance: float
+
+
+def block_statistics(model: nn.Module, x: torch.Tensor) -> list[BlockStatistics]:
+    """The statistics of every block's output, in the order in which the blocks run."""
+    rows: list[BlockStatistics] = []
+
+    def record(module, inputs, output):
+        mean, variance = output.mean((0, 2, 3)), output.var((0, 2, 3), correction=0)
+        rows.append(BlockStatistics(mean.square().mean().item(), variance.mean().item()))
+
+    handles = [block.register_forward_hook(record) for stage in model.stages for block in stage]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
 
 
 class Residual(nn.Module):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from normfree.cli.output import announce, progress, show_table
-from normfree.models.trunk import RESNET_DEPTHS
+from normfree.models.plan import RESNET_DEPTHS
 from normfree.signal import SignalReport, compare
 from normfree.signal.verdicts import mean_to_variance
 from normfree.studies.signal_propagation import signal_propagation

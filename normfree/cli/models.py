@@ -1,31 +1,46 @@
 """`normfree models`: the networks of this package."""
 
+import json
 from collections.abc import Iterator
 from typing import Annotated
 
-import torch
 import tyro
 
 from normfree.cli.output import progress, show_table
 from normfree.errors import suggest
-from normfree.models import create_model, list_models
+from normfree.models import list_models
+from normfree.models.cost import Cost, cost
 
 
-def models(pattern: Annotated[str, tyro.conf.Positional] = "*", /) -> None:
-    """List the paper's networks.
+def models(
+    pattern: Annotated[str, tyro.conf.Positional] = "*",
+    /,
+    *,
+    size: int | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+) -> None:
+    """List the paper's networks with their parameters and multiply-accumulates (at their training size).
 
     Args:
         pattern: Only names that match, such as "nf_*" or "resnet50".
+        size: Count multiply-accumulates at this image size instead, in pixels.
+        json_output: Print a JSON list instead of a table.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size is {size}; it must be at least 1")
     names = list_models(pattern if any(c in pattern for c in "*?[") else f"*{pattern}*")
     if not names:
         raise ValueError(f"no model matches {pattern!r}{suggest(pattern, list_models())}")
 
-    def rows() -> Iterator[tuple[str, str]]:
+    def costs() -> Iterator[Cost]:
         with progress() as bar:
             for name in bar.track(names, description="counting"):
-                with torch.device("meta"):
-                    parameters = sum(p.numel() for p in create_model(name).parameters())
-                yield name, str(parameters)
+                yield cost(name, size=size)
 
-    show_table(("model", "parameters"), rows())
+    if json_output:
+        print(json.dumps([entry.to_dict() for entry in costs()], indent=2))
+        return
+    show_table(
+        ("model", "parameters", "multiply-accumulates", "size", "test size"),
+        ((c.name, str(c.parameters), str(c.macs), str(c.size), str(c.test_size)) for c in costs()),
+    )

@@ -1,12 +1,17 @@
 """The paper's networks."""
 
+from normfree.models.fixup_resnet import FixUpResNet, FixUpResNetConfig
+from normfree.models.network import ResidualNetwork
 from normfree.models.nf_regnet import NFRegNet, NFRegNetConfig
 from normfree.models.nf_resnet import NFResNet, NFResNetConfig
 from normfree.models.nfnet import NFNet, NFNetConfig
-from normfree.models.registry import create_model, list_models
+from normfree.models.registry import create_model, from_pretrained, list_models
 from normfree.models.resnet import ResNet, ResNetConfig
+from normfree.models.timm_registry import register_with_timm
 
 __all__ = [
+    "FixUpResNet",
+    "FixUpResNetConfig",
     "NFNet",
     "NFNetConfig",
     "NFRegNet",
@@ -15,6 +20,10 @@ __all__ = [
     "NFResNetConfig",
     "ResNet",
     "ResNetConfig",
+    "ResidualNetwork",
     "create_model",
+    "from_pretrained",
     "list_models",
 ]
+
+register_with_timm()

@@ -6,12 +6,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.models.fixup_resnet import FixUpResNet
+from normfree.models.network import ResidualNetwork
 from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
-from normfree.models.resnet import ResNet
-from normfree.models.trunk import ResidualNetwork
-from normfree.nn import ScaledWSConv2d
+from normfree.models.resnet import ResNet, ResNetConfig
+from normfree.nn import Bias, ScaledWSConv2d
 
 
 def load_haiku(
@@ -73,40 +74,53 @@ def haiku_key(model: ResidualNetwork, name: str) -> str:
     network, block = _haiku_classes(model)
     path, _, leaf = name.rpartition(".")
     parts = path.split(".")
-    inside = f"{network}/~/"
+    owner = model.get_submodule(path)
+    scope = network
     if parts[0] == "stages":
         stage, position = int(parts[1]), int(parts[2])
         index = sum(len(cast(nn.Sequential, model.stages[s])) for s in range(stage)) + position
-        inside += block if index == 0 else f"{block}_{index}"
-        if leaf == "skip_gain":
-            return f"{inside}//skip_gain"
-        inside += "/~/"
+        scope += f"/~/{block}" if index == 0 else f"/~/{block}_{index}"
         parts = parts[3:]
-    owner = model.get_submodule(path)
-    layer = inside + _haiku_layer(model, owner, parts)
+    if leaf == "skip_gain":
+        return f"{scope}//{'scale' if isinstance(model, FixUpResNet) else 'skip_gain'}"
+    if isinstance(owner, Bias):
+        return f"{scope}//{parts[1] if parts[0] == 'branch' else _FIXUP_BIASES[parts[0]]}"
+    layer = _haiku_layer(model, owner, parts)
+    module = f"{scope}/{layer}" if layer == "shortcut_bn" else f"{scope}/~/{layer}"
     if isinstance(owner, ScaledWSConv2d):
-        return f"{layer}//{'w' if leaf == 'weight' else leaf}"
+        return f"{module}//{'w' if leaf == 'weight' else leaf}"
     if not isinstance(owner, nn.BatchNorm2d):
-        return f"{layer}//{'w' if leaf == 'weight' else 'b'}"
+        return f"{module}//{'w' if leaf == 'weight' else 'b'}"
     if leaf.startswith("running"):
-        return f"{layer}/~/{leaf.removeprefix('running_')}_ema//average"
-    return f"{layer}//{'scale' if leaf == 'weight' else 'offset'}"
+        return f"{module}/~/{leaf.removeprefix('running_')}_ema//average"
+    return f"{module}//{'scale' if leaf == 'weight' else 'offset'}"
+
+
+_FIXUP_BIASES = {"stem": "bias1", "head": "bias2", "entry": "bias1a"}
 
 
 def _haiku_classes(model: ResidualNetwork) -> tuple[str, str]:
     """Haiku's names of the network and of its blocks."""
     if isinstance(model, ResNet):
-        skipinit = model.config.skip_gain is not None
-        return ("SkipInit_ResNet", "nf_res_block") if skipinit else ("ResNet", "res_block_v2")
-    names = {NFResNet: ("NF_ResNet", "nf_res_block"), NFRegNet: ("NF_RegNet", "nf_block"), NFNet: ("NFNet", "nf_block")}
-    return names[type(model)]
+        if cast(ResNetConfig, model.config).skip_gain is not None:
+            return "SkipInit_ResNet", "nf_res_block"
+        return "ResNet", "res_block_v2" if cast(ResNetConfig, model.config).preactivation else "res_block_v1"
+    return {
+        NFResNet: ("NF_ResNet", "nf_res_block"),
+        NFRegNet: ("NF_RegNet", "nf_block"),
+        NFNet: ("NFNet", "nf_block"),
+        FixUpResNet: ("FixUp_ResNet", "res_block"),
+    }[type(model)]
 
 
 def _haiku_layer(model: ResidualNetwork, owner: nn.Module, parts: list[str]) -> str:
     """Haiku's name of a layer within the network or a block; `parts` is our path to it."""
-    part = parts[0]
+    part, batch_norm = parts[0], isinstance(owner, nn.BatchNorm2d)
+    if part == "branch":
+        part = parts[1]
+        return f"bn{part[-1]}" if batch_norm else part if part != "gate" else _haiku_gate(parts)
     if "gate" in part:
-        return "squeeze_excite/~/" + ("linear" if parts[-1] == "fc0" else "linear_1")
+        return _haiku_gate(parts)
     if part == "conv":
         layers = ["conv0", "conv1", "conv1b", "conv2"]
         return layers[int(parts[1])] if isinstance(model, NFNet) else f"conv{parts[1]}"
@@ -114,6 +128,10 @@ def _haiku_layer(model: ResidualNetwork, owner: nn.Module, parts: list[str]) -> 
         return f"bn{parts[1]}"
     if part == "stem" and isinstance(model, NFNet):
         return f"stem_conv{int(parts[1]) // 2}"
-    if part == "final":
-        return "final_bn" if isinstance(owner, nn.BatchNorm2d) else "final_conv"
-    return {"stem": "initial_conv", "head": "linear", "shortcut": "conv_shortcut"}[part]
+    if batch_norm:
+        return {"stem": "initial_bn", "final": "final_bn", "shortcut": "shortcut_bn"}[part]
+    return {"stem": "initial_conv", "head": "linear", "shortcut": "conv_shortcut", "final": "final_conv"}[part]
+
+
+def _haiku_gate(parts: list[str]) -> str:
+    return "squeeze_excite/~/" + ("linear" if parts[-1] == "fc0" else "linear_1")

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from normfree.models.trunk import BlockPlan, conv_padding
+from normfree.models.config import NetworkConfig
+from normfree.models.plan import BlockPlan
 from normfree.nn import (
     AveragePool2d,
     PreActivationBlock,
@@ -19,23 +20,14 @@ from normfree.nn.gain import GainSource
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFConfig:
+class NFConfig(NetworkConfig):
     """What can be chosen of any normalizer-free network; each family adds its own."""
 
-    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
     se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
     alpha: float = 0.2  # what a branch of unit variance is multiplied by
     skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
-    drop_rate: float = 0.0  # dropout before the classifier
-    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
-    num_classes: int = 1000  # 0: pooled features
-    in_channels: int = 3
-    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
     gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
     standardize: bool = True  # False is the ablation: He initialisation and γ = 1, α and β kept
-    train_size: int = 224  # pixels
-    test_size: int = 256
-    weight_decay: float = 5e-5  # without gains, biases and skip gains
 
 
 class NFBlocks:
@@ -52,10 +44,11 @@ class NFBlocks:
 
     def conv(self, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any) -> ScaledWSConv2d:
         """A scaled weight-standardized convolution under the network's padding."""
-        padding = conv_padding(self.config, kernel_size)
+        config = self.config
         return ScaledWSConv2d(
-            in_channels, out_channels, kernel_size, padding=padding, standardize=self.config.standardize, **arguments
-        )
+            in_channels, out_channels, kernel_size, padding=config.conv_padding(kernel_size),
+            standardize=config.standardize, **arguments,
+        )  # fmt: skip
 
     def block(
         self,

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normfree.models.network import Head, ResidualNetwork
 from normfree.models.nf_blocks import NFBlocks, NFConfig
-from normfree.models.trunk import BlockPlan, Head, ResidualNetwork, build_stages, check_config, plan_blocks
+from normfree.models.plan import BlockPlan, plan_blocks
 from normfree.nn import PreActivationBlock
 
 
@@ -14,7 +15,6 @@ class NFRegNetConfig(NFConfig):
     """The arguments of the authors' `NF_RegNet`."""
 
     widths: tuple[int, ...]  # channels per stage, before `width`; the stem has as many as the first stage
-    depths: tuple[int, ...]  # blocks per stage
     width: float = 0.75  # multiplies all widths
     expansion: float = 2.25  # inner width of a block over its input's channels, but for the first block, where it is 1
     group_size: int = 8  # channels per group of the 3×3 convolutions
@@ -51,7 +51,6 @@ class NFRegNet(ResidualNetwork):
     """A normalizer-free RegNet; see `NFRegNetConfig`. The same function as the authors' `NF_RegNet`."""
 
     def __init__(self, config: NFRegNetConfig) -> None:
-        check_config(config)
         nf = NFBlocks(config)
         widths = [int(width * config.width) for width in config.widths]
         plans = plan_blocks(widths[0], widths, config.depths, [2] * len(widths), config.stochastic_depth_rate)
@@ -64,8 +63,11 @@ class NFRegNet(ResidualNetwork):
         features = 1280 * widths[-1] // 440
         super().__init__(
             config,
-            nf.conv(config.in_channels, widths[0], 3, stride=2),
-            build_stages(plans, block),
+            [nf.conv(config.in_channels, widths[0], 3, stride=2)],
+            plans,
+            block,
             nn.Sequential(nf.conv(widths[-1], features, 1), nf.activation()),
             Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=nf.gamma, init_std=0.0),
+            stem_tap=1,
+            stem_tap_channels=widths[0],
         )

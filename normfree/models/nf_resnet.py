@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
+from normfree.models.network import Head, ResidualNetwork
 from normfree.models.nf_blocks import NFBlocks, NFConfig
-from normfree.models.trunk import RESNET_DEPTHS, Head, ResidualNetwork, build_stages, check_config, plan_resnet
+from normfree.models.plan import RESNET_DEPTHS, plan_resnet
 from normfree.nn import MaxPool2d
 
 
@@ -13,7 +12,6 @@ from normfree.nn import MaxPool2d
 class NFResNetConfig(NFConfig):
     """The arguments of the authors' `NF_ResNet`; they use squeeze-excite with `se_ratio=0.25`."""
 
-    depths: tuple[int, ...]  # blocks per stage
     width: float = 4  # the stem has 16 · width channels, the stages 64, 128, 256, 512 · width
 
 
@@ -29,13 +27,13 @@ class NFResNet(ResidualNetwork):
     """
 
     def __init__(self, config: NFResNetConfig) -> None:
-        check_config(config)
         nf = NFBlocks(config)
         plans = plan_resnet(config.depths, config.width, config.stochastic_depth_rate)
         super().__init__(
             config,
-            nn.Sequential(nf.conv(config.in_channels, plans[0].in_channels, 7, stride=2), MaxPool2d(config.padding)),
-            build_stages(plans, lambda plan: nf.block(plan, plan.out_channels // 4)),
+            [nf.conv(config.in_channels, plans[0].in_channels, 7, stride=2), MaxPool2d(config.padding)],
+            plans,
+            lambda plan: nf.block(plan, plan.out_channels // 4),
             nf.activation(),
             Head(
                 plans[-1].out_channels,
@@ -44,4 +42,6 @@ class NFResNet(ResidualNetwork):
                 in_scale=nf.gamma,
                 init_std=0.01,
             ),
+            stem_tap=1,
+            stem_tap_channels=plans[0].in_channels,
         )

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from normfree.models.network import Head, ResidualNetwork
 from normfree.models.nf_blocks import NFBlocks, NFConfig
-from normfree.models.trunk import BlockPlan, Head, ResidualNetwork, build_stages, check_config, plan_blocks
+from normfree.models.plan import BlockPlan, plan_blocks
 from normfree.nn import PreActivationBlock
 
 
@@ -13,7 +14,6 @@ from normfree.nn import PreActivationBlock
 class NFNetConfig(NFConfig):
     """The arguments of the authors' `NFNet`."""
 
-    depths: tuple[int, ...]  # blocks per stage
     widths: tuple[int, ...] = (256, 512, 1536, 1536)  # channels per stage, before `width`
     width: float = 1.0  # multiplies the widths of the stages
     expansion: float = 0.5  # inner width of a block over its output's channels
@@ -51,7 +51,6 @@ class NFNet(ResidualNetwork):
     """A normalizer-free network of the F-series; see `NFNetConfig`. The same function as the authors' `NFNet`."""
 
     def __init__(self, config: NFNetConfig) -> None:
-        check_config(config)
         nf = NFBlocks(config)
         stem_channels = (config.in_channels, 16, 32, 64, config.widths[0] // 2)
         stem: list[nn.Module] = []
@@ -70,8 +69,11 @@ class NFNet(ResidualNetwork):
         features = 2 * widths[-1]
         super().__init__(
             config,
-            nn.Sequential(*stem),
-            build_stages(plans, block),
+            stem,
+            plans,
+            block,
             nn.Sequential(nf.conv(widths[-1], features, 1), nf.activation()),
             Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=nf.gamma, init_std=0.01),
+            stem_tap=5,
+            stem_tap_channels=stem_channels[3],
         )

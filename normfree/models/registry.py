@@ -3,22 +3,27 @@
 import contextlib
 import dataclasses
 import fnmatch
+import json
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from huggingface_hub import hf_hub_download
 
 from normfree.errors import suggest
-from normfree.models import nf_regnet, nf_resnet, nfnet, resnet
+from normfree.models import fixup_resnet, nf_regnet, nf_resnet, nfnet, resnet
+from normfree.models.config import NetworkConfig
+from normfree.models.network import ResidualNetwork
 
-_FAMILIES: tuple[tuple[Callable[[Any], nn.Module], Mapping[str, Any]], ...] = (
+_FAMILIES: tuple[tuple[type[ResidualNetwork], Mapping[str, Any]], ...] = (
     (nf_resnet.NFResNet, nf_resnet.VARIANTS),
     (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
     (nfnet.NFNet, nfnet.VARIANTS),
     (resnet.ResNet, resnet.VARIANTS),
+    (fixup_resnet.FixUpResNet, fixup_resnet.VARIANTS),
 )
-_BUILDERS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
+_BUILDERS: dict[str, tuple[Callable[[Any], ResidualNetwork], Any]] = {
     name: (network, config) for network, variants in _FAMILIES for name, config in variants.items()
 }
 
@@ -30,7 +35,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def create_model(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
-) -> nn.Module:
+) -> ResidualNetwork:
     """A network of the paper with new parameters, in training mode.
 
     `overrides` replace fields of the variant's configuration (`NFResNetConfig`, `ResNetConfig`), such as
@@ -38,15 +43,45 @@ def create_model(
 
     Raises ValueError for a name, a field or a value that is not known, and says what would be.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"no model is called {name!r}{suggest(name, _BUILDERS)}")
-    network, config = _BUILDERS[name]
+    network, config = _builder(name)
     fields = [field.name for field in dataclasses.fields(config)]
     for field in overrides:
         if field not in fields:
             raise ValueError(f"{name} has no argument {field!r}; it has {', '.join(fields)}")
     with _default_dtype(dtype), torch.device(device) if device is not None else contextlib.nullcontext():
         return network(dataclasses.replace(config, **overrides))
+
+
+def model_config(name: str) -> NetworkConfig:
+    """The configuration of a variant, without building it. Raises ValueError for a name that is not known."""
+    return _builder(name)[1]
+
+
+def from_pretrained(source: str | Path, **arguments: Any) -> ResidualNetwork:
+    """The network that `save_pretrained` wrote to a folder or `push_to_hub` to a repository, in eval mode.
+
+    `source` is a folder or a repository's "user/name"; `arguments` are those of huggingface_hub's `from_pretrained`,
+    such as `revision`, `token` and `local_files_only`.
+
+    Raises FileNotFoundError for a folder without config.json, ValueError for a configuration that is not of a network
+    of this package, and what huggingface_hub raises where a repository cannot be read.
+    """
+    if Path(source).exists() or not isinstance(source, str):
+        path = Path(source) / "config.json"
+    else:
+        path = Path(hf_hub_download(source, "config.json", **arguments))
+    described = json.loads(path.read_text())
+    families: dict[str, Any] = {network.__name__: network for network, _ in _FAMILIES}
+    family = described.get("family") if isinstance(described, dict) else None
+    if family not in families:
+        raise ValueError(f"{path} has family {family!r}; it must be one of {', '.join(families)}")
+    return families[family].from_pretrained(source, **arguments)
+
+
+def _builder(name: str) -> tuple[Callable[[Any], ResidualNetwork], Any]:
+    if name not in _BUILDERS:
+        raise ValueError(f"no model is called {name!r}{suggest(name, _BUILDERS)}")
+    return _BUILDERS[name]
 
 
 @contextlib.contextmanager

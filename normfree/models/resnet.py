@@ -1,47 +1,42 @@
-"""What NF-ResNets are compared with: pre-activation ResNets with BatchNorm, with SkipInit, and with nothing."""
+"""What NF-ResNets are compared with: ResNets with BatchNorm, with SkipInit, and with nothing."""
 
 import functools
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from normfree.models.trunk import (
-    RESNET_DEPTHS,
-    BlockPlan,
-    Head,
-    ResidualNetwork,
-    build_stages,
-    check_config,
-    conv_padding,
-    plan_resnet,
-)
-from normfree.nn import MaxPool2d, PreActivationBlock, SkipInit, SqueezeExcite, make_activation
+from normfree.models.config import NetworkConfig
+from normfree.models.network import Head, ResidualNetwork
+from normfree.models.plan import RESNET_DEPTHS, BlockPlan, plan_resnet
+from normfree.nn import MaxPool2d, PostActivationBlock, PreActivationBlock, SkipInit, SqueezeExcite, make_activation
 from normfree.nn.blocks import init_truncated_normal
 from normfree.nn.conv import SameConv2d
 
 Order = Literal["bn_act", "act_bn", "act"]
 
 
-@dataclass(frozen=True)
-class ResNetConfig:
-    """The arguments of the authors' `ResNet` (pre-activation), and what its ablations need."""
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig(NetworkConfig):
+    """The arguments of the authors' `ResNet` and `SkipInit_ResNet`, and what their ablations need."""
 
-    depths: tuple[int, ...]  # blocks per stage
-    order: Order = "bn_act"  # what comes before each convolution; "act": no normalizer
     width: float = 4  # the stem has 16 · width channels, the stages 64, 128, 256, 512 · width
-    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    order: Order = "bn_act"  # of what stands between convolutions; "act": no normalizer
+    preactivation: bool = True  # False: the original residual block, activated after its addition; needs "bn_act"
     se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
-    drop_rate: float = 0.0  # dropout before the classifier
     stochastic_depth_rate: float = 0.0  # of the last block, growing linearly from 0
-    num_classes: int = 1000  # 0: pooled features
-    in_channels: int = 3
-    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
-    train_size: int = 224  # pixels
-    test_size: int = 256
-    weight_decay: float = 5e-5  # without biases, scales and skip gains
     skip_gain: float | None = None  # initial SkipInit gain of every block; None: there are no such gains
     init: Literal["he", "reference"] = "he"  # N(0, 2/fan_in), or the authors' truncated normal of 0.774/fan_in
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ("bn_act", "act_bn", "act"):
+            raise ValueError(f"order is {self.order!r}; it must be 'bn_act', 'act_bn' or 'act'")
+        if not self.preactivation and (self.order != "bn_act" or self.skip_gain is not None):
+            raise ValueError("preactivation is False; it needs order 'bn_act' and skip_gain None")
+        if self.init not in ("he", "reference"):
+            raise ValueError(f"init is {self.init!r}; it must be 'he' or 'reference'")
 
 
 _ORDERS: dict[str, Order] = {
@@ -50,60 +45,87 @@ _ORDERS: dict[str, Order] = {
     "unnormalized_resnet{}": "act",
 }
 VARIANTS = {
-    name.format(depth): ResNetConfig(depths, order=order)
+    name.format(depth): ResNetConfig(depths=depths, order=order)
     for name, order in _ORDERS.items()
     for depth, depths in RESNET_DEPTHS.items()
-} | {
+}
+VARIANTS |= {
+    f"bn_resnet{depth}_postact": ResNetConfig(depths=depths, preactivation=False)
+    for depth, depths in RESNET_DEPTHS.items()
+}
+VARIANTS |= {
     f"skipinit_resnet{depth}": ResNetConfig(
-        depths, order="act", skip_gain=0.0, stochastic_depth_rate=0.1, init="reference"
+        depths=depths, order="act", skip_gain=0.0, stochastic_depth_rate=0.1, init="reference"
     )
     for depth, depths in RESNET_DEPTHS.items()
 }
 
 
 class ResNet(ResidualNetwork):
-    """A pre-activation ResNet with BatchNorm in either order, SkipInit, or neither; see `ResNetConfig`."""
+    """A ResNet with BatchNorm in either order, SkipInit, or neither; see `ResNetConfig`."""
 
     def __init__(self, config: ResNetConfig) -> None:
-        check_config(config)
-        if config.order not in ("bn_act", "act_bn", "act"):
-            raise ValueError(f"order is {config.order!r}; it must be 'bn_act', 'act_bn' or 'act'")
-        if config.init not in ("he", "reference"):
-            raise ValueError(f"init is {config.init!r}; it must be 'he' or 'reference'")
         plans = plan_resnet(config.depths, config.width, config.stochastic_depth_rate)
-        stem = _conv(config, config.in_channels, plans[0].in_channels, 7, 2, bias=False)
-        features = plans[-1].out_channels
-        init_std = 0.01 if config.init == "he" else 0.0
+        channels, features = plans[0].in_channels, plans[-1].out_channels
+        stem: list[nn.Module] = [_conv(config, config.in_channels, channels, 7, 2, bias=False)]
+        if not config.preactivation:
+            stem.append(_between(config, channels))
         super().__init__(
             config,
-            nn.Sequential(stem, MaxPool2d(config.padding)),
-            build_stages(plans, functools.partial(_block, config)),
-            _pre(config, features),
-            Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=1.0, init_std=init_std),
+            [*stem, MaxPool2d(config.padding)],
+            plans,
+            functools.partial(_block, config),
+            _between(config, features) if config.preactivation else nn.Identity(),
+            Head(
+                features,
+                config.num_classes,
+                drop_rate=config.drop_rate,
+                init_std=0.01 if config.init == "he" else 0.0,
+            ),
+            stem_tap=len(stem),
+            stem_tap_channels=channels,
         )
 
 
-def _block(config: ResNetConfig, plan: BlockPlan) -> PreActivationBlock:
+def _block(config: ResNetConfig, plan: BlockPlan) -> nn.Module:
     channels, width = plan.out_channels, plan.out_channels // 4
+    conv = [
+        _conv(config, plan.in_channels, width, 1),
+        _conv(config, width, width, 3, plan.stride),
+        _conv(config, width, channels, 1),
+    ]
+    shortcut: nn.Module | None = None
+    if plan.projects:
+        shortcut = _conv(config, plan.in_channels, channels, 1, plan.stride)
     gates: list[nn.Module] = []
     if config.se_ratio:
         gates.append(SqueezeExcite(channels, config.se_ratio))
     if config.skip_gain is not None:
         gates.append(SkipInit(config.skip_gain))
-    return PreActivationBlock(
-        pre=[_pre(config, plan.in_channels), _pre(config, width), _pre(config, width)],
-        conv=[
-            _conv(config, plan.in_channels, width, 1),
-            _conv(config, width, width, 3, plan.stride),
-            _conv(config, width, channels, 1),
-        ],
-        shortcut=_conv(config, plan.in_channels, channels, 1, plan.stride) if plan.projects else None,
-        gate=nn.Sequential(*gates) if gates else None,
+    if config.preactivation:
+        return PreActivationBlock(
+            pre=[_between(config, plan.in_channels), _between(config, width), _between(config, width)],
+            conv=conv,
+            shortcut=shortcut,
+            gate=nn.Sequential(*gates) if gates else None,
+            drop_rate=plan.drop_rate,
+        )
+    branch = OrderedDict[str, nn.Module](
+        conv0=conv[0], post0=_between(config, width), conv1=conv[1], post1=_between(config, width),
+        conv2=conv[2], bn2=nn.BatchNorm2d(channels),
+    )  # fmt: skip
+    if gates:
+        branch["gate"] = gates[0]
+    return PostActivationBlock(
+        branch=nn.Sequential(branch),
+        shortcut=None if shortcut is None else nn.Sequential(shortcut, nn.BatchNorm2d(channels)),
+        activation=make_activation(config.activation),
         drop_rate=plan.drop_rate,
     )
 
 
-def _pre(config: ResNetConfig, channels: int) -> nn.Module:
+def _between(config: ResNetConfig, channels: int) -> nn.Module:
+    """What stands between two convolutions."""
     activation = make_activation(config.activation)
     if config.order == "act":
         return activation
@@ -115,7 +137,7 @@ def _conv(
     config: ResNetConfig, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True
 ) -> nn.Conv2d:
     bias = bias and config.order == "act"  # a normalizer would take it away again
-    padding = conv_padding(config, kernel_size)
+    padding = config.conv_padding(kernel_size)
     conv = SameConv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
     if config.init == "he":
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

@@ -1,6 +1,14 @@
 """What a normalizer-free network is made of."""
 
-from normfree.nn.blocks import AveragePool2d, MaxPool2d, PreActivationBlock, SkipInit, SqueezeExcite
+from normfree.nn.blocks import (
+    AveragePool2d,
+    Bias,
+    MaxPool2d,
+    PostActivationBlock,
+    PreActivationBlock,
+    SkipInit,
+    SqueezeExcite,
+)
 from normfree.nn.conv import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
 from normfree.nn.gain import gain, make_activation
 from normfree.nn.standardize import standardize
@@ -8,7 +16,9 @@ from normfree.nn.variance import VarianceLedger
 
 __all__ = [
     "AveragePool2d",
+    "Bias",
     "MaxPool2d",
+    "PostActivationBlock",
     "PreActivationBlock",
     "ScaledWSConv1d",
     "ScaledWSConv2d",

@@ -93,10 +93,46 @@ class PreActivationBlock(nn.Module):
         out = self.conv[-1](self.pre[-1](out))
         if self.gate is not None:
             out = self.gate(out)
-        if not self.training or self.drop_rate == 0:
-            return shortcut + out
-        keep = out.new_empty(len(out), 1, 1, 1).bernoulli_(1 - self.drop_rate)
-        return torch.addcmul(shortcut, out, keep)
+        return _join(shortcut, out, self.drop_rate if self.training else 0.0)
+
+
+class PostActivationBlock(nn.Module):
+    """The original residual block: activation(shortcut(entry(x)) + branch(entry(x))).
+
+    (N, C, H, W) to (N, C', H / stride, W / stride). `branch` holds the convolutions and all that is between them,
+    `shortcut` a projection, or is None for the identity; `entry` comes before both, if given. Stochastic depth as in
+    `PreActivationBlock`.
+    """
+
+    def __init__(
+        self,
+        *,
+        branch: nn.Module,
+        shortcut: nn.Module | None,
+        activation: nn.Module,
+        entry: nn.Module | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.entry = entry
+        self.branch = branch
+        self.shortcut = shortcut
+        self.activation = activation
+        self.drop_rate = drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.entry is not None:
+            x = self.entry(x)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.activation(_join(shortcut, self.branch(x), self.drop_rate if self.training else 0.0))
+
+
+def _join(shortcut: Tensor, branch: Tensor, drop_rate: float) -> Tensor:
+    """shortcut + branch, the branch of each example left out with probability `drop_rate`, in one pass."""
+    if drop_rate == 0:
+        return shortcut + branch
+    keep = branch.new_empty(len(branch), 1, 1, 1).bernoulli_(1 - drop_rate)
+    return torch.addcmul(shortcut, branch, keep)
 
 
 class SkipInit(Scales):
@@ -111,6 +147,17 @@ class SkipInit(Scales):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.skip_gain
+
+
+class Bias(nn.Module):
+    """x plus one learnable number that starts at 0 (FixUp, Zhang et al. 2019); any shape to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
 
 
 class AveragePool2d(nn.Module):

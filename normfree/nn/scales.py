@@ -41,5 +41,5 @@ class Scales(nn.Module):
         for name, before in exact.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = before.to(after.device)
+                self._buffers[name] = before.to(after.device, torch.float32)
         return self

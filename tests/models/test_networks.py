@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from normfree import create_model, list_models
+from normfree.models.cost import cost
 from normfree.nn import ScaledWSConv2d
 from tests.helpers import assert_close, reference_json
 
@@ -14,6 +15,8 @@ OURS = {
     r"NF_ResNet(\d+)-width4": "nf_resnet{}",
     r"ResNet(\d+)-BN-preact-width4": "bn_resnet{}",
     r"SkipInit_ResNet(\d+)-width4": "skipinit_resnet{}",
+    r"ResNet(\d+)-BN-postact-width4": "bn_resnet{}_postact",
+    r"FixUp_ResNet(\d+)-width4": "fixup_resnet{}",
     r"NF_RegNet-B(\d)-width(0.75|1.0)": "nf_regnet_b{}",
     r"NFNet-F(\d)": "nfnet_f{}",
 }
@@ -37,8 +40,9 @@ def test_counts_and_structure_equal_the_reference(entry, name, arguments):
     count = sum(p.numel() for p in model.parameters())
     assert count == expected["params"], f"{entry}: {count} parameters, expected {expected['params']}"
     blocks = [block for stage in model.stages for block in stage]
-    assert [block.conv[0].out_channels for block in blocks] == expected["block_inner_width"]
-    assert [block.conv[1].groups for block in blocks] == expected.get("block_groups", [1] * len(blocks))
+    branches = [[m for m in getattr(block, "branch", block).modules() if isinstance(m, nn.Conv2d)] for block in blocks]
+    assert [conv[0].out_channels for conv in branches] == expected["block_inner_width"]
+    assert [conv[1].groups for conv in branches] == expected.get("block_groups", [1] * len(blocks))
     if "block_stochdepth_rate" in expected and not name.startswith("bn"):
         assert [block.drop_rate for block in blocks] == pytest.approx(expected["block_stochdepth_rate"])
     for field in ("train_imsize", "test_imsize", "drop_rate"):
@@ -46,10 +50,18 @@ def test_counts_and_structure_equal_the_reference(entry, name, arguments):
             assert getattr(model.config, field.replace("imsize", "size")) == expected[field], field
 
 
+@pytest.mark.parametrize(("entry", "name", "arguments"), list(zoo_entries()))
+def test_multiply_accumulates_equal_the_reference(entry, name, arguments):
+    for size, expected in ZOO[entry].get("macs_traced_by_imsize", {}).items():
+        counted = cost(name, size=int(size), **arguments)
+        assert counted.macs == expected, f"{entry} at {size}: {counted.macs}, expected {expected}"
+        assert counted.parameters == ZOO[entry]["params"]
+
+
 def test_every_network_is_there_in_every_form():
     depths = (26, 50, 101, 152, 200, 288, 600)
     forms = ("nf_resnet{}", "nf_resnet{}_unstandardized", "bn_resnet{}", "bn_resnet{}_relu_bn")
-    forms += ("unnormalized_resnet{}", "skipinit_resnet{}")
+    forms += ("bn_resnet{}_postact", "unnormalized_resnet{}", "skipinit_resnet{}", "fixup_resnet{}")
     names = [form.format(depth) for form in forms for depth in depths]
     names += [f"nf_regnet_b{level}" for level in range(9)]
     names += [f"nfnet_f{level}{plus}" for level in range(8) for plus in ("", "_plus")]
@@ -72,7 +84,16 @@ def test_betas_equal_the_reference():
 
 @pytest.mark.parametrize(
     "name",
-    ["nf_resnet26", "bn_resnet26", "bn_resnet26_relu_bn", "unnormalized_resnet26", "skipinit_resnet26", "nf_regnet_b0"],
+    [
+        "nf_resnet26",
+        "bn_resnet26",
+        "bn_resnet26_relu_bn",
+        "bn_resnet26_postact",
+        "unnormalized_resnet26",
+        "skipinit_resnet26",
+        "fixup_resnet26",
+        "nf_regnet_b0",
+    ],
 )
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 @pytest.mark.parametrize("size", [(57, 57), (64, 96), (33, 34), (1, 1)])

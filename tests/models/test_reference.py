@@ -9,7 +9,7 @@ import torch
 from normfree import characterize
 from normfree.models.checkpoints import haiku_key, load_haiku
 from tests.fixtures.recipe import make_param
-from tests.helpers import FIXTURES, assert_close, reference_arrays, reference_network
+from tests.helpers import FIXTURES, assert_close, block_statistics, reference_arrays, reference_network
 
 CASES = {
     "nf_resnet50_w1_relu_64": ("nf_resnet50", {"gains": "reference"}),
@@ -19,6 +19,7 @@ CASES = {
     "nfnet_F0_w1_gelu_64": ("nfnet_f0", {"gains": "reference"}),
     "skipinit_resnet50_w1_64": ("skipinit_resnet50", {}),
     "resnet50_bn_preact_w1_64": ("bn_resnet50", {}),
+    "fixup_resnet50_w1_64": ("fixup_resnet50", {}),
 }
 WITH_GRADIENTS = [case for case in CASES if (FIXTURES / f"grads_{case}.npz").exists()]
 
@@ -30,7 +31,7 @@ def test_logits_and_features(case, dtype):
     model, x = reference_network(case, name, dtype, **arguments)
     expected = reference_arrays(f"forward_{case}.npz")
     features = model.forward_features(x)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-4 if name.startswith("bn") else 1e-5
+    tolerance = 1e-9 if dtype == torch.float64 else {"bn": 1e-4, "fixup": 3e-5}.get(name.split("_")[0], 1e-5)
     assert_close(model.forward_head(features, pre_logits=True).detach(), expected["f64/pool"], tolerance, "pool")
     assert_close(model.forward_head(features).detach(), expected["f64/logits"], tolerance, "logits")
 
@@ -50,19 +51,36 @@ def test_signal_metrics(case):
     name, arguments = CASES[case]
     model, x = reference_network(case, name, torch.float64, **arguments)
     expected = reference_arrays(f"forward_{case}.npz")
+    # The authors look at a block's output: at the join, but where an activation follows it.
+    outputs = block_statistics(model, x) if name.startswith("fixup") else None
     for k, record in enumerate(characterize(model, x, open_branches=False)):
+        output = record if outputs is None else outputs[k]
         for value, key in (
-            (record.squared_mean, f"avg_sq_mean_{k + 1}"),
-            (record.variance, f"avg_var_{k + 1}"),
+            (output.squared_mean, f"avg_sq_mean_{k + 1}"),
+            (output.variance, f"avg_var_{k + 1}"),
             (record.residual_variance, f"res_avg_var_{k}"),
         ):
             assert value == pytest.approx(float(expected[f"f64/{key}"]), rel=1e-9), f"{key} ({record.name})"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", WITH_GRADIENTS)
-def test_gradients(case):
+def test_gradients(case, dtype):
+    """Float64: to 1e-6 of each tensor's largest; float32: to 1e-5 of the network's largest.
+
+    With BatchNorm over two small images one ReLU of the float32 run has another sign than in float64, which alone
+    changes a gradient by 3 %; with the signs of the float64 run they agree to 1e-4.
+    """
     name, arguments = CASES[case]
-    model, x = reference_network(case, name, torch.float64, **arguments)
+    signs = []
+    if name == "bn_resnet50" and dtype == torch.float32:
+        exact, x = reference_network(case, name, torch.float64, **arguments)
+        for relu in _relus(exact):
+            relu.register_forward_hook(lambda module, inputs, output: signs.append(output > 0))
+        exact(x)
+    model, x = reference_network(case, name, dtype, **arguments)
+    for relu, sign in zip(_relus(model), signs, strict=False):
+        relu.register_forward_hook(lambda module, inputs, output, sign=sign: inputs[0] * sign)
     expected = reference_arrays(f"grads_{case}.npz")
     meta = json.loads(str(expected["meta"]))
     logits = model(x.requires_grad_())
@@ -70,24 +88,34 @@ def test_gradients(case):
     targets[range(len(targets)), meta["labels"]] += 0.9
     loss = -(targets * logits.log_softmax(1)).sum(1).mean()
     loss.backward()
-    assert loss.item() == pytest.approx(float(expected["loss"]), rel=1e-12)
+    double = dtype == torch.float64
+    assert loss.item() == pytest.approx(float(expected["loss"]), rel=1e-12 if double else 1e-5)
     actual = {"input": x.grad.permute(0, 2, 3, 1)} | _haiku_gradients(model)
+    pairs = {}
     for key, gradient in expected.items():
         kind, _, parameter = key.partition("/")
-        if key == "grad_input":
-            _assert_gradient(actual["input"].numpy(), gradient, key)
+        if kind == "grad_input":
+            pairs[key] = actual["input"].numpy(), gradient
         elif kind == "grad":
-            _assert_gradient(actual[parameter].numpy().reshape(gradient.shape), gradient, key)
+            pairs[key] = actual[parameter].numpy().reshape(gradient.shape), gradient
         elif kind == "grad_sample":
             flat = np.ascontiguousarray(actual[parameter].numpy()).ravel()
-            _assert_gradient(flat[np.linspace(0, flat.size - 1, 2048).astype(np.int64)], gradient, key)
-        elif kind == "grad_norm":
+            pairs[key] = flat[np.linspace(0, flat.size - 1, 2048).astype(np.int64)], gradient
+        elif kind == "grad_norm" and double:
             assert np.linalg.norm(actual[parameter].numpy()) == pytest.approx(gradient[0], rel=1e-5), key
+    largest = max(np.abs(theirs).max() for _, theirs in pairs.values())
+    differences = {}
+    for key, (ours, theirs) in pairs.items():
+        assert ours.shape == theirs.shape, key
+        scale = max(np.abs(theirs).max(), 1e-12) if double else largest
+        differences[key] = float(np.abs(ours - theirs).max() / scale)
+    worst = max(differences, key=differences.get)
+    print(f"{case}, {dtype}: the largest difference is {differences[worst]:.2g} ({worst})")
+    assert differences[worst] <= (1e-6 if double else 2e-4 if signs else 1e-5), worst
 
 
-def _assert_gradient(actual, expected, what):
-    scale = max(np.abs(expected).max(), 1e-12)
-    assert_close(actual / scale, expected / scale, 1e-6, what)
+def _relus(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.ReLU)]
 
 
 def _haiku_gradients(model):

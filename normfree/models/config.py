@@ -1,0 +1,48 @@
+"""What can be chosen of any network of this package."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The fields that all families have; each adds its own. A value that no network can have raises ValueError."""
+
+    depths: tuple[int, ...]  # blocks per stage
+    width: float  # multiplies the channels of the stages
+    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    drop_rate: float = 0.0  # dropout before the classifier
+    stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
+    num_classes: int = 1000  # 0: pooled features
+    in_channels: int = 3
+    padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
+    train_size: int = 224  # pixels
+    test_size: int = 256
+    weight_decay: float = 5e-5  # without gains, biases, skip gains and the scales of normalizers
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # JSON has no tuples
+                object.__setattr__(self, field.name, tuple(value))
+        for name in ("drop_rate", "stochastic_depth_rate"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it must be in [0, 1)")
+        for name, least in {"num_classes": 0, "in_channels": 1}.items():
+            value = getattr(self, name)
+            if int(value) != value or value < least:
+                raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}")
+        if int(16 * self.width) < 1:
+            raise ValueError(f"width is {self.width}; it must be at least 1/16, for a stem of one channel")
+        for name in ("se_ratio", "alpha"):
+            value = getattr(self, name, 0)
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}; it must not be negative")
+        if self.padding not in ("same", "symmetric"):
+            raise ValueError(f"padding is {self.padding!r}; it must be 'same' or 'symmetric'")
+
+    def conv_padding(self, kernel_size: int) -> int | str:
+        """The padding of a convolution under `padding`."""
+        return "same" if self.padding == "same" else kernel_size // 2

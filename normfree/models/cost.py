@@ -1,0 +1,50 @@
+"""What a network costs before it is built: parameters and multiply-accumulates."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from normfree.models.registry import create_model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network of the registry, counted."""
+
+    name: str
+    parameters: int
+    macs: int  # multiply-accumulates of one forward pass of one image of `size`, padding included
+    size: int  # pixels: the height and width that the network is trained at, or that were asked for
+    test_size: int
+    drop_rate: float
+    weight_decay: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, for JSON."""
+        return asdict(self)
+
+
+def cost(name: str, *, size: int | None = None, **overrides: Any) -> Cost:
+    """Count `create_model(name, **overrides)` for images of `size` pixels (its training size if None).
+
+    Convolutions and matrix products are counted, by torch's own flop counter, as in the authors' tables; nothing is
+    allocated.
+
+    Raises ValueError as `create_model` does.
+    """
+    model: Any = create_model(name, device="meta", **overrides).eval()
+    config = model.config
+    size = config.train_size if size is None else size
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.empty(1, config.in_channels, size, size, device="meta"))
+    return Cost(
+        name=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        size=size,
+        test_size=config.test_size,
+        drop_rate=config.drop_rate,
+        weight_decay=config.weight_decay,
+    )

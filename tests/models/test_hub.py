@@ -1,0 +1,84 @@
+"""Networks on disk, as huggingface_hub writes them."""
+
+import dataclasses
+import json
+
+import huggingface_hub
+import pytest
+import torch
+
+from normfree import create_model, from_pretrained
+from normfree.models import NFRegNet, NFResNet
+from tests.test_fold import shaken
+
+NETWORKS = {
+    "nf_resnet26": {"width": 0.5, "activation": "silu", "se_ratio": 0.25},
+    "nf_regnet_b0": {"width": 0.25},
+    "nfnet_f0": {"width": 0.25, "group_size": 32},
+    "bn_resnet26_postact": {"width": 0.25},
+    "skipinit_resnet26": {"width": 0.25},
+    "fixup_resnet26": {"width": 0.25},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_round_trip(name, dtype, tmp_path):
+    model = create_model(name, num_classes=5, dtype=torch.float64, **NETWORKS[name])
+    model = shaken(model).to(dtype)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert dataclasses.asdict(again.config) == dataclasses.asdict(model.config)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert again.state_dict()[key].dtype == value.dtype, key
+        assert torch.equal(again.state_dict()[key], value), key
+    x = torch.randn(2, 3, 40, 40, dtype=dtype)
+    assert not again.training
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_new_classifier_is_kept(tmp_path):
+    model = create_model("nf_resnet26", width=0.25)
+    model.reset_classifier(3)
+    model.save_pretrained(tmp_path)
+    assert NFResNet.from_pretrained(tmp_path).get_classifier().out_features == 3
+
+
+def test_what_is_no_network_of_ours(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        from_pretrained(tmp_path)
+    for content in ('{"family": "BertModel"}', "[]", "{}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="must be one of NFResNet"):
+            from_pretrained(tmp_path)
+    create_model("nf_resnet26", width=0.25).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="widths"):
+        NFRegNet.from_pretrained(tmp_path)
+
+
+def test_a_file_with_something_missing(tmp_path):
+    create_model("nf_resnet26", width=0.25).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"depths": [3, 2, 2, 2]}))
+    with pytest.raises(RuntimeError, match=r"stages\.0\.2"):
+        from_pretrained(tmp_path)
+
+
+def test_push_to_hub_sends_weights_and_configuration(monkeypatch, tmp_path):
+    sent = {}
+
+    class Api:
+        def __init__(self, **arguments):
+            pass
+
+        def create_repo(self, repo_id, **arguments):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, **arguments):
+            sent[repo_id] = sorted(path.name for path in folder_path.iterdir())
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    create_model("nf_resnet26", width=0.25).push_to_hub("someone/nf")
+    assert sent == {"someone/nf": ["README.md", "config.json", "model.safetensors"]}

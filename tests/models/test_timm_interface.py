@@ -1,0 +1,134 @@
+"""Our networks as users of timm expect them."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from normfree import create_model, list_models
+from tests.helpers import assert_close
+
+FAMILIES = {
+    "nf_resnet26": {"width": 0.5},
+    "nf_regnet_b0": {"width": 0.5},
+    "nfnet_f0": {"width": 0.25, "group_size": 32},
+    "bn_resnet26": {"width": 0.5},
+    "bn_resnet26_postact": {"width": 0.5},
+    "skipinit_resnet26": {"width": 0.5},
+    "fixup_resnet26": {"width": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_what_feature_info_says(name):
+    backbone = timm.create_model(f"normfree_{name}", features_only=True, **FAMILIES[name]).eval()
+    features = backbone(torch.randn(2, 3, 64, 96))
+    assert [f.shape[1] for f in features] == backbone.feature_info.channels()
+    assert backbone.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert [f.shape[2:] for f in features] == [(64 // r, 96 // r) for r in (2, 4, 8, 16, 32)]
+
+
+def test_some_features_need_only_a_part():
+    whole = create_model("nf_resnet26", width=0.5).eval()
+    backbone = timm.create_model("normfree_nf_resnet26", features_only=True, out_indices=(1, 2), width=0.5).eval()
+    assert len(backbone.model.stages) == 2
+    assert isinstance(backbone.model.final, nn.Identity)
+    assert isinstance(backbone.model.get_classifier(), nn.Identity)
+    backbone.model.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    final, features = whole.forward_intermediates(x, indices=[1, -3])
+    assert_close(final.detach(), whole.forward_features(x).detach(), 1e-6)
+    for ours, theirs in zip(backbone(x), features, strict=True):
+        assert torch.equal(ours, theirs)
+    stem = timm.create_model("normfree_nf_resnet26", features_only=True, out_indices=(0,), width=0.5)
+    assert len(stem.model.stages) == 0
+    assert stem(x)[0].shape == (2, 8, 32, 32)
+
+
+@pytest.mark.parametrize("indices", [[5], [-6], [], 0, 6])
+def test_features_that_do_not_exist(indices):
+    with pytest.raises(ValueError, match="there are 5 features"):
+        create_model("nf_resnet26", width=0.25).forward_intermediates(torch.randn(1, 3, 32, 32), indices)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_new_classifier(name):
+    model = create_model(name, num_classes=10, dtype=torch.float64, **FAMILIES[name]).eval()
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    assert model.get_classifier().out_features == 10
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    assert model(x).dtype == torch.float64
+    assert model.num_classes == model.config.num_classes == 7
+    model.reset_classifier(0)
+    assert torch.equal(model(x) if model.head.bias is None else model(x) - model.head.bias.bias, pooled)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (2, model.num_features, 2, 2)
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [((3, "max"), "global_pool is 'max'"), ((3, ""), "must be 0")])
+def test_a_classifier_that_cannot_be(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        create_model("nf_resnet26", width=0.25).reset_classifier(*arguments)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_changes_no_gradient(name):
+    model = create_model(name, stochastic_depth_rate=0.5, dtype=torch.float64, **FAMILIES[name])
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other, 1e-9)
+
+
+def test_default_cfg_is_the_variant_s():
+    model = timm.create_model("normfree_nf_regnet_b2", width=0.25)
+    data = timm.data.resolve_model_data_config(model)
+    assert data["input_size"] == (3, 240, 240)
+    assert timm.data.resolve_model_data_config(model, use_test_size=True)["input_size"] == (3, 272, 272)
+    assert create_model("nf_regnet_b2", device="meta").default_cfg["input_size"] == (3, 240, 240)
+
+
+def test_every_network_is_registered_and_none_of_timm_s_is_lost():
+    names = timm.list_models()
+    assert {f"normfree_{name}" for name in list_models()} <= set(names)
+    assert "nf_resnet50" in names
+    assert type(timm.create_model("nf_resnet26", num_classes=0)).__module__ == "timm.models.nfnet"
+
+
+def test_timm_s_arguments():
+    model = timm.create_model(
+        "normfree_nf_resnet26",
+        num_classes=4,
+        in_chans=1,
+        drop_rate=0.1,
+        drop_path_rate=0.2,
+        global_pool="avg",
+        width=0.5,
+    )
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+    assert model.config.stochastic_depth_rate == 0.2
+    with pytest.raises(ValueError, match="no argument 'widht'"):
+        timm.create_model("normfree_nf_resnet26", widht=1)
+
+
+@pytest.mark.parametrize(
+    "first", ["import normfree, timm", "import timm, normfree", "import normfree, timm.layers, timm"]
+)
+def test_whichever_is_imported_first(first):
+    code = f"{first}; print(len(timm.list_models('normfree_*')), timm.is_model('normfree_nf_resnet50'))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(len(list_models())), "True"], done.stderr
