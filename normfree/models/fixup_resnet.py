@@ -39,7 +39,7 @@ class FixUpResNet(ResidualNetwork):
             config,
             [stem, Bias(), make_activation(config.activation), MaxPool2d(config.padding)],
             plans,
-            lambda plan: _block(config, plan, len(plans)),
+            [_block(config, plan, len(plans)) for plan in plans],
             nn.Identity(),
             Head(features, config.num_classes, drop_rate=config.drop_rate, init_std=0.0, bias=Bias()),
             stem_tap=3,

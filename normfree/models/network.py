@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +85,30 @@ class ResidualNetwork(
         config: NetworkConfig,
         stem: Sequence[nn.Module],
         plans: Sequence[BlockPlan],
-        block: Callable[[BlockPlan], nn.Module],
+        blocks: Sequence[nn.Module],
         final: nn.Module,
         head: Head,
         *,
         stem_tap: int,
         stem_tap_channels: int,
     ) -> None:
-        """`block` makes the block of a plan, and is called in the order of `plans`."""
+        """`blocks` are those of `plans`, in the same order."""
         super().__init__()
         self.config = config
         self.stem = nn.Sequential(*stem)
-        stages: list[list[nn.Module]] = [[] for _ in range(plans[-1].stage + 1)]
-        for plan in plans:
-            stages[plan.stage].append(block(plan))
-        self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
+        channels = {plan.stage: plan.out_channels for plan in plans}
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(*(block for block, plan in zip(blocks, plans, strict=True) if plan.stage == stage))
+                for stage in channels
+            )
+        )
         self.final = final
         self.head = head
         self.num_classes = config.num_classes
         self.num_features = self.head_hidden_size = head.channels
         self.grad_checkpointing = False
         self.stem_tap = stem_tap
-        channels = {plan.stage: plan.out_channels for plan in plans}
         self.feature_info = [{"num_chs": stem_tap_channels, "reduction": 2, "module": f"stem.{stem_tap - 1}"}]
         self.feature_info += [
             {"num_chs": channels[stage], "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage in channels

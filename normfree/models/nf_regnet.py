@@ -65,7 +65,7 @@ class NFRegNet(ResidualNetwork):
             config,
             [nf.conv(config.in_channels, widths[0], 3, stride=2)],
             plans,
-            block,
+            [block(plan) for plan in plans],
             nn.Sequential(nf.conv(widths[-1], features, 1), nf.activation()),
             Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=nf.gamma, init_std=0.0),
             stem_tap=1,

@@ -33,7 +33,7 @@ class NFResNet(ResidualNetwork):
             config,
             [nf.conv(config.in_channels, plans[0].in_channels, 7, stride=2), MaxPool2d(config.padding)],
             plans,
-            lambda plan: nf.block(plan, plan.out_channels // 4),
+            [nf.block(plan, plan.out_channels // 4) for plan in plans],
             nf.activation(),
             Head(
                 plans[-1].out_channels,

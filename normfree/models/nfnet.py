@@ -71,7 +71,7 @@ class NFNet(ResidualNetwork):
             config,
             stem,
             plans,
-            block,
+            [block(plan) for plan in plans],
             nn.Sequential(nf.conv(widths[-1], features, 1), nf.activation()),
             Head(features, config.num_classes, drop_rate=config.drop_rate, in_scale=nf.gamma, init_std=0.01),
             stem_tap=5,

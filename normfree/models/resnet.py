@@ -1,6 +1,5 @@
 """What NF-ResNets are compared with: ResNets with BatchNorm, with SkipInit, and with nothing."""
 
-import functools
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -74,7 +73,7 @@ class ResNet(ResidualNetwork):
             config,
             [*stem, MaxPool2d(config.padding)],
             plans,
-            functools.partial(_block, config),
+            [_block(config, plan) for plan in plans],
             _between(config, features) if config.preactivation else nn.Identity(),
             Head(
                 features,

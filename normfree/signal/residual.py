@@ -159,13 +159,15 @@ def _walk_back(nodes: list[Node], term: Operand) -> tuple[str | None, float, Ten
     scaled_in = set()
     while len(node.parents) == 1:
         parameters += node.parameters
-        if node.factor is not None:
+        before = nodes[node.parents[0]].statistics
+        if (node.masked or node.factor == 0) and before is not None:
+            statistics, scale = before, 1.0
+        elif node.factor is not None:
             scale *= node.factor
-            scaled_in.add(node.module)
-        elif node.masked and nodes[node.parents[0]].statistics is not None:
-            statistics, scale = nodes[node.parents[0]].statistics, 1.0
         elif not node.parameters and node.op not in VIEWS:
             break
+        if node.factor is not None:
+            scaled_in.add(node.module)
         node = nodes[node.parents[0]]
     return None if node.module in scaled_in else node.module, scale, statistics, parameters
 

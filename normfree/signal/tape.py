@@ -311,18 +311,19 @@ class _Recorder(TorchDispatchMode):
             entry = self.parameter_of.get(id(other))
             if entry is not None and entry[0]() is other:
                 node.parameters = (entry[1],)
-            if other.numel() != 1:
-                if other.ndim == len(node.shape) and other.numel() == other.shape[0] and entry is None:
-                    node.masked = True
-                    parent = self.tape.nodes[node.parents[0]]
-                    if parent.statistics is None and op in ("mul", "div"):
-                        parent.statistics = channel_statistics(activation, parent.channel_axis)
+        if isinstance(other, Tensor) and other.numel() != 1:
+            node.masked = other.ndim == len(node.shape) and other.numel() == other.shape[0] and not node.parameters
+            if not node.masked:
                 return
-        number = other.item() if isinstance(other, Tensor) else other
-        if not isinstance(number, int | float):
-            return  # complex
-        value = float(number)
-        node.factor = value if op.startswith("mul") else (1 / value if value else math.inf)
+        else:
+            number = other.item() if isinstance(other, Tensor) else other
+            if not isinstance(number, int | float):
+                return  # complex
+            node.factor = float(number) if op.startswith("mul") else (1 / number if number else math.inf)
+        # What is multiplied by nothing, for some examples or all, shows itself only before.
+        parent = self.tape.nodes[node.parents[0]]
+        if (node.masked or node.factor == 0) and parent.statistics is None and op in ("mul", "div"):
+            parent.statistics = channel_statistics(activation, parent.channel_axis)
 
     def _is_activation(self, value: Any) -> bool:
         return isinstance(value, Tensor) and bool(self._parents([value]))

@@ -72,14 +72,22 @@ def test_every_block(case):
     print(f"{case}: the largest departure is {worst[1]:.2f} of its bound, {worst[0]}")
 
 
-@pytest.mark.parametrize(("name", "width"), [("nf_resnet288", 1), ("nf_resnet600", 0.5)])
-def test_very_deep_networks_follow_their_ledger(name, width):
-    """A quarter or an eighth as wide, where single draws scatter: the mean over each stage is within 5 %."""
-    report = characterize(
-        functools.partial(create_model, name, width=width), lambda model: torch.randn(4, 3, 128, 128), seeds=3
-    )
+@pytest.mark.parametrize("depth", [288, 600])
+def test_very_deep_networks_follow_their_ledger(depth):
+    """Half as wide, where single blocks scatter: over each stage as far from the ledger as the authors' are, to 2 %.
+
+    On images this small the zeros around the last stages take a part of the variance.
+    """
+    expected = reference_json("spp_reference.json")[f"NF_ResNet{depth}-w4-relu"]
+    shape = (expected["input_shape"][0], 3, *expected["input_shape"][1:3])
+    factory = functools.partial(create_model, f"nf_resnet{depth}", width=2)
+    report = characterize(factory, lambda model: torch.randn(shape), seeds=3)
+    theirs = dict(zip((record.name for record in report), expected["avg_var_mean"][1:], strict=True))
     for stage in range(4):
         records = [record for record in report if f"stages.{stage}." in record.name]
         ratio = sum(record.variance / record.expected_variance for record in records) / len(records)
-        print(f"{name}, stage {stage}: variance over its prediction {ratio:.3f}")
-        assert abs(ratio - 1) <= 0.05
+        reference = sum(theirs[record.name] / record.expected_variance for record in records) / len(records)
+        print(
+            f"nf_resnet{depth}, stage {stage}: variance over its prediction {ratio:.3f}, the authors' {reference:.3f}"
+        )
+        assert ratio == pytest.approx(reference, rel=0.02)
