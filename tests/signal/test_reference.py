@@ -72,15 +72,15 @@ def test_every_block(case):
     print(f"{case}: the largest departure is {worst[1]:.2f} of its bound, {worst[0]}")
 
 
-@pytest.mark.parametrize("depth", [288, 600])
-def test_very_deep_networks_follow_their_ledger(depth):
-    """Half as wide, where single blocks scatter: over each stage as far from the ledger as the authors' are, to 2 %.
+@pytest.mark.parametrize(("depth", "width"), [(288, 2), (600, 4)])
+def test_very_deep_networks_follow_their_ledger(depth, width):
+    """Over each stage they are as far from the ledger as the authors' are, to 2 %; three seeds, 288 half as wide.
 
     On images this small the zeros around the last stages take a part of the variance.
     """
     expected = reference_json("spp_reference.json")[f"NF_ResNet{depth}-w4-relu"]
     shape = (expected["input_shape"][0], 3, *expected["input_shape"][1:3])
-    factory = functools.partial(create_model, f"nf_resnet{depth}", width=2)
+    factory = functools.partial(create_model, f"nf_resnet{depth}", width=width)
     report = characterize(factory, lambda model: torch.randn(shape), seeds=3)
     theirs = dict(zip((record.name for record in report), expected["avg_var_mean"][1:], strict=True))
     for stage in range(4):
