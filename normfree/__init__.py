@@ -2,7 +2,7 @@
 
 from normfree import models, nn, signal
 from normfree.fold import fold
-from normfree.models import create_model, from_pretrained, list_models
+from normfree.models import create_model, from_pretrained, from_timm, list_models, load_haiku
 from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
 from normfree.signal import SignalError, SignalReport, characterize, compare
 
@@ -19,8 +19,10 @@ __all__ = [
     "create_model",
     "fold",
     "from_pretrained",
+    "from_timm",
     "gain",
     "list_models",
+    "load_haiku",
     "models",
     "nn",
     "signal",

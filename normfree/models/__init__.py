@@ -1,6 +1,8 @@
 """The paper's networks."""
 
+from normfree.models.checkpoints import load_haiku
 from normfree.models.fixup_resnet import FixUpResNet, FixUpResNetConfig
+from normfree.models.from_timm import from_timm
 from normfree.models.network import ResidualNetwork
 from normfree.models.nf_regnet import NFRegNet, NFRegNetConfig
 from normfree.models.nf_resnet import NFResNet, NFResNetConfig
@@ -23,7 +25,9 @@ __all__ = [
     "ResidualNetwork",
     "create_model",
     "from_pretrained",
+    "from_timm",
     "list_models",
+    "load_haiku",
 ]
 
 register_with_timm()

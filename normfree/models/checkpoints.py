@@ -1,43 +1,57 @@
 """Parameters from the authors' Haiku networks."""
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from normfree.models.array_file import read_arrays
 from normfree.models.fixup_resnet import FixUpResNet
 from normfree.models.network import ResidualNetwork
+from normfree.models.nf_blocks import NFConfig
 from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
 from normfree.models.resnet import ResNet, ResNetConfig
 from normfree.nn import Bias, ScaledWSConv2d
+from normfree.nn.scales import Scales
 
 
 def load_haiku(
-    model: ResidualNetwork, params: Mapping[str, Any], state: Mapping[str, Any] | None = None
+    model: ResidualNetwork, params: Mapping[str, Any] | str | Path, state: Mapping[str, Any] | None = None
 ) -> ResidualNetwork:
     """Set the parameters of `model` to those of the authors' network, and return it.
 
     `params` maps "<module path>//<parameter name>" (or is nested, {module path: {parameter name: array}}) to arrays in
-    Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers (1, 1, 1, C). `state` holds
-    the moving averages of BatchNorm in the same form. The authors' gains are constants slightly off the exact ones:
-    build the network with gains="reference" for the same function.
+    Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers (1, 1, 1, C); or is the path
+    of a file of such a mapping, like the published F0_haiku.npz, which is read without running what it may hold.
+    `state` holds the moving averages of BatchNorm in the same form. The network's γ become the authors' constants,
+    which are slightly off the exact ones (gains="reference").
 
-    Raises ValueError that lists everything missing, unexpected or of another shape; the model is then unchanged.
+    Raises ValueError that lists everything missing, unexpected or of another shape, or that says what else than arrays
+    a file holds, and OSError for a file that cannot be read; the model is then unchanged.
     """
+    if isinstance(params, str | Path):
+        params = read_arrays(params)
     arrays = _flatten(params) | _flatten(state or {})
     targets: dict[str, Tensor] = dict(model.named_parameters())
     if state is not None:
         targets |= {name: b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    problems, values = [], {}
+    problems: list[str] = []
+    values: dict[str, Tensor] = {}
     expected = {haiku_key(model, name): name for name in targets}
     for key, name in expected.items():
         if key not in arrays:
             problems.append(f"missing: {key} (for {name}, shape {tuple(targets[name].shape)})")
             continue
-        value = _from_haiku(torch.as_tensor(arrays[key]), targets[name])
+        try:
+            value = _from_haiku(torch.as_tensor(arrays[key]), targets[name])
+        except (TypeError, ValueError, RuntimeError) as error:
+            problems.append(f"no array: {key} ({error})")
+            continue
         if value.shape != targets[name].shape:
             problems.append(f"shape: {key} is {tuple(value.shape)} in our layout, {name} {tuple(targets[name].shape)}")
         values[name] = value
@@ -48,7 +62,19 @@ def load_haiku(
     with torch.no_grad():
         for name, value in values.items():
             targets[name].copy_(value)
+    if isinstance(model.config, NFConfig) and model.config.gains != "reference":
+        _take_reference_gains(model, model.config)
     return model
+
+
+def _take_reference_gains(model: ResidualNetwork, config: NFConfig) -> None:
+    config = dataclasses.replace(config, gains="reference")
+    with torch.device("meta"):
+        twin = cast(Any, type(model))(config)
+    for ours, theirs in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(ours, Scales):
+            ours.take_scales(theirs)
+    model.config = model._hub_mixin_config = config
 
 
 def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:

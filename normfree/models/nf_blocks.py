@@ -71,10 +71,10 @@ class NFBlocks:
         branch_end: dict[str, Any] = {"out_scale": config.alpha, "skip_gain": config.skip_gain}
         end_gate = inner_gate = None
         if config.se_ratio and gate == "end":
-            end_gate = SqueezeExcite(plan.out_channels, config.se_ratio, gate_scale=2.0, **branch_end)
+            end_gate = SqueezeExcite.of_ratio(plan.out_channels, config.se_ratio, gate_scale=2.0, **branch_end)
             branch_end = {}
         elif config.se_ratio:
-            inner_gate = SqueezeExcite(width, config.se_ratio, gate_scale=2.0)
+            inner_gate = SqueezeExcite.of_ratio(width, config.se_ratio, gate_scale=2.0)
         strides = [plan.stride] + [1] * (middle - 1)
         conv = [
             self.conv(plan.in_channels, width, 1, in_scale=in_scale),

@@ -23,8 +23,8 @@ class ResNetConfig(NetworkConfig):
     width: float = 4  # the stem has 16 · width channels, the stages 64, 128, 256, 512 · width
     order: Order = "bn_act"  # of what stands between convolutions; "act": no normalizer
     preactivation: bool = True  # False: the original residual block, activated after its addition; needs "bn_act"
-    se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
     stochastic_depth_rate: float = 0.0  # of the last block, growing linearly from 0
+    se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
     skip_gain: float | None = None  # initial SkipInit gain of every block; None: there are no such gains
     init: Literal["he", "reference"] = "he"  # N(0, 2/fan_in), or the authors' truncated normal of 0.774/fan_in
 
@@ -98,7 +98,7 @@ def _block(config: ResNetConfig, plan: BlockPlan) -> nn.Module:
         shortcut = _conv(config, plan.in_channels, channels, 1, plan.stride)
     gates: list[nn.Module] = []
     if config.se_ratio:
-        gates.append(SqueezeExcite(channels, config.se_ratio))
+        gates.append(SqueezeExcite.of_ratio(channels, config.se_ratio))
     if config.skip_gain is not None:
         gates.append(SkipInit(config.skip_gain))
     if config.preactivation:

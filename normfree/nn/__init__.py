@@ -3,6 +3,7 @@
 from normfree.nn.blocks import (
     AveragePool2d,
     Bias,
+    EfficientChannelAttention,
     MaxPool2d,
     PostActivationBlock,
     PreActivationBlock,
@@ -17,6 +18,7 @@ from normfree.nn.variance import VarianceLedger
 __all__ = [
     "AveragePool2d",
     "Bias",
+    "EfficientChannelAttention",
     "MaxPool2d",
     "PostActivationBlock",
     "PreActivationBlock",

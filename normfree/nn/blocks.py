@@ -1,6 +1,7 @@
 """What residual networks are made of besides convolutions: the block, squeeze-excite, stochastic depth, pooling."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,43 +11,78 @@ from normfree.nn.conv import same_padding
 from normfree.nn.scales import Scales
 
 
-class SqueezeExcite(Scales):
-    """Multiplies each channel by gate_scale · out_scale · skip_gain · sigmoid(fc1(relu(fc0(mean over H, W)))).
+class _Gate(Scales):
+    """Multiplies each channel by gate_scale · out_scale · skip_gain · sigmoid(what its mean over H, W leads to).
 
     (N, C, H, W) to the same. `out_scale` and `skip_gain` are the branch's α and SkipInit gain: at the end of a branch
     they are applied here, to (N, C, 1, 1) numbers, rather than to the activations. `gate_scale` is 2 in
     normalizer-free networks, where the gate's expected value of ½ would otherwise shrink the branch (Brock et al. 2021,
-    section 4.3), and 1 elsewhere. The hidden width is max(1, int(channels · ratio)).
+    section 4.3), and 1 elsewhere.
     """
 
     out_scale: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        ratio: float,
-        *,
-        gate_scale: float = 1.0,
-        out_scale: float = 1.0,
-        skip_gain: float | None = None,
-    ) -> None:
+    def __init__(self, gate_scale: float, out_scale: float, skip_gain: float | None) -> None:
         super().__init__()
-        hidden = max(1, int(channels * ratio))
         self.gate_scale = gate_scale
-        self.fc0 = nn.Linear(channels, hidden)
-        self.fc1 = nn.Linear(hidden, channels)
-        for layer in (self.fc0, self.fc1):
-            init_truncated_normal(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self._register_scales(self.fc0.weight, out_scale=out_scale, skip_gain=skip_gain)
+        self._register_scales(torch.empty(0), out_scale=out_scale, skip_gain=skip_gain)
         self.reset_scales()
+
+    def _logits(self, means: Tensor) -> Tensor:
+        """(N, C) to the same."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.gate_scale * self.out_scale
         if self.skip_gain is not None:
             scale = scale * self.skip_gain
-        gate = torch.sigmoid(self.fc1(F.relu(self.fc0(x.mean((2, 3))))))
+        gate = torch.sigmoid(self._logits(x.mean((2, 3))))
         return x * (gate * scale.to(gate.dtype))[:, :, None, None]
+
+
+class SqueezeExcite(_Gate):
+    __doc__ = f"""Squeeze-excite, over fc1(relu(fc0(means))) with a layer of `hidden` between them.
+
+    {_Gate.__doc__}"""
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        gate_scale: float = 1.0,
+        out_scale: float = 1.0,
+        skip_gain: float | None = None,
+    ) -> None:
+        super().__init__(gate_scale, out_scale, skip_gain)
+        self.fc0 = nn.Linear(channels, hidden)
+        self.fc1 = nn.Linear(hidden, channels)
+        for layer in (self.fc0, self.fc1):
+            init_truncated_normal(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def of_ratio(cls, channels: int, ratio: float, **scales: Any) -> "SqueezeExcite":
+        """With the authors' hidden width, max(1, int(channels · ratio))."""
+        return cls(channels, max(1, int(channels * ratio)), **scales)
+
+    def _logits(self, means: Tensor) -> Tensor:
+        return self.fc1(F.relu(self.fc0(means)))
+
+
+class EfficientChannelAttention(_Gate):
+    __doc__ = f"""ECA (Wang et al. 2020), over a convolution of `kernel_size` along the channels.
+
+    {_Gate.__doc__}"""
+
+    def __init__(
+        self, kernel_size: int, *, gate_scale: float = 1.0, out_scale: float = 1.0, skip_gain: float | None = None
+    ) -> None:
+        super().__init__(gate_scale, out_scale, skip_gain)
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def _logits(self, means: Tensor) -> Tensor:
+        return self.conv(means[:, None])[:, 0]
 
 
 class PreActivationBlock(nn.Module):
@@ -58,8 +94,8 @@ class PreActivationBlock(nn.Module):
     (`inner_gate`).
 
     In training each example's branch is dropped with probability `drop_rate` (stochastic depth; as in the authors'
-    code what survives is not rescaled). `expected_variance` is the ledger's entry for the output, for whoever wants to
-    compare; None where there is none.
+    code what survives is not rescaled, unless `rescale_drop`). `expected_variance` is the ledger's entry for the
+    output, for whoever wants to compare; None where there is none.
     """
 
     def __init__(
@@ -71,6 +107,7 @@ class PreActivationBlock(nn.Module):
         gate: nn.Module | None = None,
         inner_gate: nn.Module | None = None,
         drop_rate: float = 0.0,
+        rescale_drop: bool = False,
         expected_variance: float | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +117,7 @@ class PreActivationBlock(nn.Module):
         self.gate = gate
         self.inner_gate = inner_gate
         self.drop_rate = drop_rate
+        self.rescale_drop = rescale_drop
         self.expected_variance = expected_variance
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +131,7 @@ class PreActivationBlock(nn.Module):
         out = self.conv[-1](self.pre[-1](out))
         if self.gate is not None:
             out = self.gate(out)
-        return _join(shortcut, out, self.drop_rate if self.training else 0.0)
+        return _join(shortcut, out, self.drop_rate if self.training else 0.0, self.rescale_drop)
 
 
 class PostActivationBlock(nn.Module):
@@ -127,11 +165,13 @@ class PostActivationBlock(nn.Module):
         return self.activation(_join(shortcut, self.branch(x), self.drop_rate if self.training else 0.0))
 
 
-def _join(shortcut: Tensor, branch: Tensor, drop_rate: float) -> Tensor:
+def _join(shortcut: Tensor, branch: Tensor, drop_rate: float, rescale: bool = False) -> Tensor:
     """shortcut + branch, the branch of each example left out with probability `drop_rate`, in one pass."""
     if drop_rate == 0:
         return shortcut + branch
     keep = branch.new_empty(len(branch), 1, 1, 1).bernoulli_(1 - drop_rate)
+    if rescale:
+        keep /= 1 - drop_rate
     return torch.addcmul(shortcut, branch, keep)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class Scales(nn.Module):
     """Gives a module scalar buffers that are never rounded to half precision, and a learnable SkipInit gain if asked.
 
-    The scales multiply whole networks: they are float32 whatever the module is converted to, float64 in a float64 one.
+    The scales multiply whole networks: they are float32 whatever the module is converted to, float64 in a float64 one,
+    then with all of their digits.
     """
 
     skip_gain: nn.Parameter | None
@@ -31,6 +32,13 @@ class Scales(nn.Module):
             if self.skip_gain is not None and self._initial_skip_gain is not None:
                 self.skip_gain.fill_(self._initial_skip_gain)
 
+    def take_scales(self, other: "Scales") -> None:
+        """The values that `other` was made with, which may be on the meta device; the SkipInit gain stays."""
+        self._initial_scales = dict(other._initial_scales)
+        with torch.no_grad():
+            for name, value in self._initial_scales.items():
+                getattr(self, name).fill_(value)
+
     def reset_parameters(self) -> None:
         """`reset_scales`: what initialisation after a meta device calls."""
         self.reset_scales()
@@ -40,6 +48,12 @@ class Scales(nn.Module):
         super()._apply(fn, recurse)
         for name, before in exact.items():
             after = self._buffers[name]
-            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+            if before is None or after is None:
+                continue
+            if after.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = before.to(after.device, torch.float32)
+            elif after.dtype != before.dtype and not after.is_meta:
+                exact_value = torch.full_like(after, self._initial_scales[name])
+                if torch.equal(exact_value.to(before.dtype), after.to(before.dtype)):  # it is still the initial one
+                    self._buffers[name] = exact_value
         return self

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from normfree import create_model
-from normfree.models.checkpoints import load_haiku
+from normfree.models.checkpoints import haiku_key, load_haiku
 from tests.fixtures.recipe import make_param
 from tests.helpers import reference_arrays
 
@@ -45,3 +45,36 @@ def test_one_error_lists_everything_and_changes_nothing(model, params):
     ):
         assert words in str(error.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_published_file(model, params, tmp_path):
+    """A pickled object array, as F0_haiku.npz; the gains become the authors' constants."""
+    nested = {}
+    for key, value in params.items():
+        module, name = key.split("//")
+        nested.setdefault(module, {})[name] = value
+    with (tmp_path / "haiku.npz").open("wb") as file:
+        np.save(file, np.array(nested, dtype=object), allow_pickle=True)
+    assert load_haiku(model, tmp_path / "haiku.npz") is model
+    assert model.config.gains == "reference"
+    built = create_model("nf_resnet50", width=1, num_classes=10, gains="reference")
+    expected = load_haiku(built, params).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("value", ["text", None, [[1.0], [1.0, 2.0]], np.array(["x"])])
+def test_what_is_no_array_is_listed(model, params, value):
+    params["NF_ResNet/~/linear//b"] = value
+    with pytest.raises(ValueError, match="no array: NF_ResNet/~/linear//b"):
+        load_haiku(model, params)
+
+
+@pytest.mark.parametrize(
+    "name", ["nf_regnet_b0", "nfnet_f0", "skipinit_resnet50", "fixup_resnet50", "bn_resnet50", "bn_resnet50_postact"]
+)
+def test_every_parameter_of_every_family_has_a_key_of_its_own(name):
+    model = create_model(name, device="meta")
+    names = [n for n, _ in model.named_parameters()]
+    keys = {haiku_key(model, n) for n in names}
+    assert len(keys) == len(names)

@@ -33,7 +33,7 @@ def test_max_pooling_of_any_size(height, width):
 
 def test_squeeze_excite_equals_the_reference():
     x = nchw(UNITS["se/x"])
-    gate = SqueezeExcite(x.shape[1], 0.5).double()
+    gate = SqueezeExcite.of_ratio(x.shape[1], 0.5).double()
     with torch.no_grad():
         for layer, name in ((gate.fc0, "linear"), (gate.fc1, "linear_1")):
             layer.weight.copy_(torch.from_numpy(UNITS[f"se/squeeze_excite/~/{name}//w"]).T)
@@ -45,7 +45,7 @@ def test_squeeze_excite_equals_the_reference():
 def test_gate_carries_the_branch_s_scales():
     torch.manual_seed(0)
     x = torch.randn(2, 8, 5, 5)
-    scaled, plain = SqueezeExcite(8, 0.25, gate_scale=2, out_scale=0.2, skip_gain=0.5), SqueezeExcite(8, 0.25)
+    scaled, plain = SqueezeExcite(8, 2, gate_scale=2, out_scale=0.2, skip_gain=0.5), SqueezeExcite(8, 2)
     plain.load_state_dict({**scaled.state_dict(), "out_scale": torch.tensor(1.0)}, strict=False)
     assert_close(scaled(x).detach(), (2 * 0.2 * 0.5 * plain(x)).detach(), 1e-6)
 

@@ -275,3 +275,13 @@ def test_is_a_convolution_of_torch():
         conv = CLASSES[n](2, 2, 3)
         assert isinstance(conv, base)
         assert conv.weight.shape == base(2, 2, 3).weight.shape
+
+
+def test_scales_of_a_converted_layer_have_all_their_digits():
+    conv = ScaledWSConv2d(3, 4, 1, in_scale=1 / 3, out_scale=0.2)
+    conv.out_scale.fill_(0.7)  # set by someone: nobody knows its further digits
+    conv.double()
+    assert conv.in_scale.item() == 1 / 3
+    assert conv.out_scale.item() == torch.tensor(0.7).item()
+    assert conv.to(torch.bfloat16).in_scale.dtype == torch.float32
+    assert ScaledWSConv2d(3, 4, 1, in_scale=1 / 3, device="meta").double().in_scale.is_meta

@@ -55,8 +55,9 @@ def test_any_shape_and_scale(filters, channels, kernel, spread, mean, dtype):
     weight = (mean + spread * torch.randn(filters, channels, *kernel, dtype=dtype)).requires_grad_()
     out = standardize(weight, torch.ones(filters, dtype=dtype))
     expected = formula(weight.double(), torch.ones(filters, dtype=torch.float64))
-    # A mean of 1 in float32 leaves 1e-7 of rounding in W, which the standardization enlarges by up to 1/√eps.
-    assert_close(out.detach().double(), expected.detach(), 1e-10 if dtype == torch.float64 else 3e-4)
+    # Float32 leaves 1e-7 · |W| of rounding in a constant filter, which the standardization enlarges by up to 1/√eps.
+    tolerance = 1e-10 if dtype == torch.float64 else max(3e-4, 2e-5 * weight.detach().abs().max().item())
+    assert_close(out.detach().double(), expected.detach(), tolerance)
     (gradient,) = torch.autograd.grad(out.square().sum(), weight)
     assert bool(torch.isfinite(gradient).all())
 
