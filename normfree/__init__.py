@@ -1,6 +1,7 @@
 """Deep networks without activation normalization, and the tools to see why they work."""
 
 from normfree import models, nn, signal
+from normfree.export import export
 from normfree.fold import fold
 from normfree.models import create_model, from_pretrained, from_timm, list_models, load_haiku
 from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
@@ -17,6 +18,7 @@ __all__ = [
     "characterize",
     "compare",
     "create_model",
+    "export",
     "fold",
     "from_pretrained",
     "from_timm",

@@ -56,6 +56,11 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
+def has_scaled_convolutions(model: nn.Module) -> bool:
+    """Whether `fold` has something to fold."""
+    return any(isinstance(module, ScaledWS) or _is_timm_scaled(module) for module in model.modules())
+
+
 def _plain(conv: Any) -> nn.Module:
     kind = (FoldedConv1d, FoldedConv2d, FoldedConv3d)[conv.weight.ndim - 3]
     with torch.no_grad():

@@ -11,17 +11,20 @@ from typing import Any, cast
 from torch import nn
 
 from normfree.errors import suggest
-from normfree.models import create_model, list_models
+from normfree.models import create_model, from_pretrained, list_models
 
 
 def model_factory(name: str) -> Callable[[], nn.Module]:
     """A function that builds the model, with new parameters and nothing downloaded.
 
     `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory
-    is called without arguments and the current folder is searched too.
+    is called without arguments and the current folder is searched too; or, with its parameters, a folder written by
+    `save_pretrained` or "hub:USER/NAME".
 
     Raises ValueError for a name that is not known, with near misses; ImportError where a module cannot be imported.
     """
+    if Path(name).is_dir():
+        return functools.partial(from_pretrained, name)
     source, colon, rest = name.partition(":")
     if not colon:
         if name not in list_models():
@@ -30,6 +33,8 @@ def model_factory(name: str) -> Callable[[], nn.Module]:
                 "timm:NAME, torchvision:NAME and package.module:factory are others)"
             )
         return functools.partial(create_model, name)
+    if source == "hub":
+        return functools.partial(from_pretrained, rest)
     if source == "timm":
         return _from_timm(rest)
     if source == "torchvision":

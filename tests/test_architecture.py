@@ -17,11 +17,13 @@ LAYERS = {
     "signal": {"signal", "errors"},
     "models": {"models", "nn", "errors"},
     "fold": {"nn"},
+    "export": {"fold"},
+    "benchmarks": {"benchmarks", "fold", "models", "signal"},
     "images": set(),
     "sources": {"models", "errors"},
     "studies": {"studies", "models", "signal", "images"},
-    "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors"},
-    "__init__": {"models", "nn", "signal", "fold"},
+    "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors", "export", "benchmarks"},
+    "__init__": {"models", "nn", "signal", "fold", "export"},
     "__main__": {"cli"},
 }
 TORCH_ONLY = {"nn", "signal/tape.py", "signal/operations.py", "signal/statistics.py", "signal/residual.py"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normfree import create_model
 from normfree.cli import main
 
 SMALL = ["--batch", "2", "--size", "64", "64"]
@@ -85,7 +86,10 @@ def test_spp_closed_and_backward(run):
 def test_models(run):
     code, out, _ = run("models", "nf_resnet5*")
     assert code == 0
-    assert out.splitlines()[:2] == ["model\tparameters", "nf_resnet50\t25557048"]
+    assert out.splitlines()[:2] == [
+        "model\tparameters\tmultiply-accumulates\tsize\ttest size",
+        "nf_resnet50\t25557048\t4089184256\t224\t256",
+    ]
     assert "nf_resnet26" in run("models", "26")[1]
 
 
@@ -167,3 +171,31 @@ def test_demo(run, tmp_path):
     assert out.count("nf_resnet26 on") == 2
     assert (tmp_path / "report" / "index.html").stat().st_size > 500_000
     assert (tmp_path / "report" / "index.png").stat().st_size > 50_000
+
+
+def test_models_as_json(run):
+    code, out, _ = run("models", "nf_regnet_b0", "--json")
+    (entry,) = json.loads(out)
+    assert code == 0
+    assert (entry["parameters"], entry["macs"], entry["size"]) == (8595372, 327149536, 192)
+
+
+def test_export_of_a_saved_network(run, tmp_path):
+    create_model("nf_resnet26", width=0.25, num_classes=3).save_pretrained(tmp_path / "net")
+    code, out, err = run(
+        "export", str(tmp_path / "net"), "--to", "pt2", "--out", str(tmp_path / "net.pt2"), "--size", "64"
+    )
+    assert code == 0, err
+    assert "largest difference" in out
+    assert (tmp_path / "net.pt2").exists()
+
+
+def test_bench(run, tmp_path):
+    arguments = ["--batch", "1", "--size", "32", "--rounds", "2", "--out", str(tmp_path / "b.json")]
+    code, out, err = run("bench", "--peers", "limit: plain convolutions", *arguments)
+    assert code == 0, err
+    assert "limit: plain convolutions" in out
+    assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["ratio"] > 0
+    code, out, err = run("bench", "inference", *arguments[:-2])
+    assert code == 0, err
+    assert run("bench", "--model", "nf_resnet5")[0] == 2

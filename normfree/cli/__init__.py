@@ -1,4 +1,4 @@
-"""The command line: `normfree spp`, `normfree models`, `normfree demo`."""
+"""The command line: `normfree spp`, `models`, `demo`, `export` and `bench`."""
 
 import os
 import sys
@@ -10,13 +10,15 @@ def main() -> None:
     """Run the command that the arguments name; what the user can mend is one sentence and exit code 2."""
     import tyro
 
+    from normfree.cli.bench import bench
     from normfree.cli.demo import demo
+    from normfree.cli.export import export
     from normfree.cli.models import models
     from normfree.cli.spp import spp
 
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"spp": spp, "models": models, "demo": demo},
+            {"spp": spp, "models": models, "demo": demo, "export": export, "bench": bench},
             prog="normfree",
             description="Deep networks without activation normalization, and the tools to see why they work.",
         )

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.conv import same_padding
+from normfree.nn.conv import both_sides, same_padding
+from normfree.nn.recompute import recomputing_activation
 from normfree.nn.scales import Scales
 
 
@@ -121,14 +122,15 @@ class PreActivationBlock(nn.Module):
         self.expected_variance = expected_variance
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.pre[0](x)
-        shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv[0](out)
-        for pre, conv in zip(self.pre[1:-1], self.conv[1:-1], strict=True):
-            out = conv(pre(out))
-        if self.inner_gate is not None:
-            out = self.inner_gate(out)
-        out = self.conv[-1](self.pre[-1](out))
+        out, shortcut = x, x
+        for index, (pre, conv) in enumerate(zip(self.pre, self.conv, strict=True)):
+            if self.inner_gate is not None and index == len(self.conv) - 1:
+                out = self.inner_gate(out)
+            activated = pre(out)
+            with recomputing_activation(activated, pre, out):
+                if index == 0 and self.shortcut is not None:
+                    shortcut = self.shortcut(activated)
+                out = conv(activated)
         if self.gate is not None:
             out = self.gate(out)
         return _join(shortcut, out, self.drop_rate if self.training else 0.0, self.rescale_drop)
@@ -207,6 +209,10 @@ class AveragePool2d(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            # The same average, from a repeated last row or column: sizes may be symbols, of which ceil_mode asks more.
+            height, width = (same_padding(size, 2, 2) for size in x.shape[-2:])
+            return F.avg_pool2d(F.pad(x, (0, width, 0, height), "replicate"), 2, 2)
         return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
@@ -223,7 +229,7 @@ class MaxPool2d(nn.Module):
         total = [same_padding(size, 3, 2) for size in x.shape[-2:]]
         if torch.compiler.is_exporting() or len({t % 2 for t in total}) > 1:
             # In an export the sizes may be symbols, whose parity nobody knows.
-            pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+            pads = [side for t in reversed(total) for side in both_sides(t)]
             return F.max_pool2d(F.pad(x, pads, value=float("-inf")), 3, 2)
         # A window that hangs over the end (ceil_mode) is the odd padding element of SAME.
         return F.max_pool2d(x, 3, 2, padding=[t // 2 for t in total], ceil_mode=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.nn.recompute import recomputing
 from normfree.nn.scales import Scales
 from normfree.nn.standardize import EPS, standardize
 
@@ -14,11 +15,17 @@ from normfree.nn.standardize import EPS, standardize
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
     """Total padding along one axis that makes the output ⌈size / stride⌉ long; the odd one goes to the end (SAME)."""
     extent = dilation * (kernel_size - 1) + 1
-    if extent == 1:
-        return 0
-    total = (-(-size // stride) - 1) * stride + extent - size
-    # Only a kernel smaller than its stride leaves input over; elsewhere the size may be a symbol of an export.
-    return total if extent >= stride else max(total, 0)
+    # Not -(-size // stride): integer division of ONNX truncates.
+    total = ((size + stride - 1) // stride - 1) * stride + extent - size
+    # A kernel smaller than its stride may leave input over. In an export, where the size may be a symbol, that is cut
+    # off: all convolutions of a stride then have the same formula for the size of their output.
+    return total if extent >= stride or torch.compiler.is_exporting() else max(total, 0)
+
+
+def both_sides(total: int) -> tuple[Any, Any]:
+    """How a total padding is shared; what is cut off rather than added is cut at the end."""
+    start = torch.sym_max(total, 0) // 2
+    return start, total - start
 
 
 class SamePadding(nn.modules.conv._ConvNd):
@@ -44,12 +51,18 @@ class SamePadding(nn.modules.conv._ConvNd):
         ]
         padding = [t // 2 for t in total]
         # In an export the sizes may be symbols, whose parity nobody knows.
-        if self.padding_mode != "zeros" or torch.compiler.is_exporting() or any(t % 2 for t in total):
+        exporting = torch.compiler.is_exporting() and any(s > 1 for s in self.stride)
+        if self.padding_mode != "zeros" or exporting or any(t % 2 for t in total):
             # torch.nn.functional.pad counts axes from the last
-            pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-            input = F.pad(input, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-            padding = [0] * spatial
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+            pads = [side for t in reversed(total) for side in both_sides(t)]
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            padded = F.pad(input, pads, mode)
+            with recomputing(padded, lambda unpadded: F.pad(unpadded, pads, mode), input):
+                return self._convolve(padded, weight, bias, [0] * spatial)
+        return self._convolve(input, weight, bias, padding)
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
         return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -114,16 +127,26 @@ class ScaledWS(Scales, SamePadding):
         W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
         b_eff = out_scale · skip_gain · bias
         """
+        weight_scale, bias_scale = self._combined_scales()
+        bias = None if self.bias is None else self.bias * bias_scale.to(self.bias.dtype)
+        return self._effective_weight(self.weight, weight_scale), bias
+
+    def _combined_scales(self) -> tuple[Tensor, Tensor]:
+        """What multiplies the standardized filters, (out_channels,), and what multiplies the bias, ()."""
         out_scale = self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain
-        scale = self.gain * (self.in_scale * out_scale)
+        return self.gain * (self.in_scale * out_scale), out_scale
+
+    def _effective_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         if self.standardize:
-            weight = standardize(self.weight, scale, self.eps)
-        else:
-            weight = self.weight * scale.to(self.weight.dtype).view(-1, *[1] * (self.weight.ndim - 1))
-        return weight, None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
+            return standardize(weight, scale, self.eps)
+        return weight * scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, *self.effective_parameters())
+        weight_scale, bias_scale = self._combined_scales()
+        bias = None if self.bias is None else self.bias * bias_scale.to(self.bias.dtype)
+        weight = self._effective_weight(self.weight, weight_scale)
+        with recomputing(weight, self._effective_weight, self.weight, weight_scale):
+            return self._conv_forward(input, weight, bias)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

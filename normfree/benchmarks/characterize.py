@@ -1,6 +1,6 @@
 """What `characterize` costs: time and peak memory beside one plain `no_grad` forward in the same modes.
 
-    python benchmarks/characterize.py [--rounds 9] [--depths 50 288] [--batch 8]
+    python -m normfree.benchmarks.characterize [--rounds 9] [--depths 50 288] [--batch 8]
 
 Both sides of a ratio run in turn in one process; peak memory is that of separate processes, above what is there
 before the run (the model and its input).
@@ -14,9 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from normfree.models import create_model
 from normfree.signal import characterize
@@ -25,20 +28,24 @@ from normfree.signal.preparation import measuring
 TIME_LIMIT, MEMORY_LIMIT = 1.6, 1.10
 
 
-def plain(model, x):
+def plain(model: nn.Module, x: Tensor) -> None:
+    """A forward pass in the modes of a measurement."""
     with torch.no_grad(), measuring(model, batch_stats=True):
         model(x)
 
 
-def timed(function, *args) -> float:
+def timed(function: Callable[..., Any], *args: Any) -> float:
+    """Seconds of a call."""
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
 
 
 def time_ratio(depth: int, batch: int, rounds: int) -> dict[str, float]:
+    """Times of `characterize` and of a plain forward, interleaved."""
     model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
-    plain(model, x), characterize(model, x)
+    plain(model, x)
+    characterize(model, x)
     pairs = [(timed(characterize, model, x), timed(plain, model, x)) for _ in range(rounds)]
     ratios = sorted(a / b for a, b in pairs)
     return {
@@ -60,11 +67,13 @@ def peak_bytes(depth: int, batch: int, what: str) -> int:
 
 
 def print_peak(depth: int, batch: int, what: str) -> None:
+    """What the process that `peak_bytes` starts does."""
     model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
     characterize(create_model("nf_resnet26", width=1), torch.randn(2, 3, 64, 64))  # imports, thread pools, kernels
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
-    {"plain": plain, "characterize": characterize}[what](model, x)
+    run: Callable[..., Any] = plain if what == "plain" else characterize
+    run(model, x)
     print(resident("VmHWM") - before)
 
 
@@ -75,6 +84,7 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
+    """Measure, print, and fail if a limit is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--depths", type=int, nargs="+", default=[50, 288])

@@ -1,0 +1,86 @@
+"""Tensors that autograd computes again in the backward pass instead of keeping them."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Activations whose derivative needs their input, which is therefore kept anyway.
+_KEEP_INPUT = {"CELU", "ELU", "GELU", "Hardswish", "LeakyReLU", "Mish", "SELU", "SiLU", "Softplus", "Softsign", "Swish"}
+
+
+@contextlib.contextmanager
+def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> Iterator[None]:
+    """Inside, an operation that saves `result` for its backward saves function(*sources) instead, which equals it.
+
+    For a cheap `function` of sources that are kept anyway. Sources may themselves be results of an enclosing
+    `recomputing`. Where somebody else decides what is saved (activation checkpointing, hooks of the user, compilers,
+    torch.func) nothing is changed.
+    """
+    if not _possible(result):
+        yield
+        return
+    entry = (result, _Recipe(function, [_recipes.of.get(id(s), (None, s))[1] for s in sources]))
+    _recipes.of[id(result)] = entry
+    ours = _hooks() is not None
+    try:
+        with contextlib.nullcontext() if ours else torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        del _recipes.of[id(result)]
+
+
+def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor) -> Any:
+    """`recomputing` of activation(source), or nothing where that would keep more than it saves."""
+    name = type(getattr(activation, "function", activation)).__name__
+    if name in _KEEP_INPUT and not getattr(activation, "inplace", False):
+        return recomputing(result, activation.forward, source)
+    return contextlib.nullcontext()
+
+
+class _Recipes(threading.local):
+    def __init__(self) -> None:
+        self.of: dict[int, tuple[Tensor, _Recipe]] = {}
+
+
+class _Recipe:
+    def __init__(self, function: Callable[..., Tensor], sources: list["Tensor | _Recipe"]) -> None:
+        self.function = function
+        self.sources = [s.detach() if isinstance(s, Tensor) else s for s in sources]
+        self.versions = [s._version if isinstance(s, Tensor) else 0 for s in sources]
+
+    def __call__(self) -> Tensor:
+        for source, version in zip(self.sources, self.versions, strict=True):
+            if isinstance(source, Tensor) and source._version != version:
+                raise RuntimeError(
+                    "a tensor needed for the backward pass has been modified by an in-place operation: "
+                    f"shape {tuple(source.shape)}, version {source._version}, expected {version}"
+                )
+        with torch.no_grad():
+            return self.function(*(s() if isinstance(s, _Recipe) else s for s in self.sources))
+
+
+_recipes = _Recipes()
+
+
+def _pack(tensor: Tensor) -> Any:
+    result, recipe = _recipes.of.get(id(tensor), (None, None))
+    return recipe if result is tensor else tensor
+
+
+def _unpack(packed: Any) -> Tensor:
+    return packed() if isinstance(packed, _Recipe) else packed
+
+
+def _possible(result: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not result.requires_grad or torch._C._are_functorch_transforms_active():
+        return False
+    enabled: Any = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    return enabled() and _hooks() in (None, (_pack, _unpack))
+
+
+def _hooks() -> Any:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
