@@ -1,5 +1,6 @@
 """Networks for other runtimes: ONNX, and PyTorch's exported programs."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -
     number of channels is the model's first convolution's. The model is not changed. ONNX needs
     `pip install 'normfree[export]'`.
 
-    Raises ValueError for another format and for a model without convolutions, ImportError where a package is missing,
+    Raises ValueError for another format, for a model without convolutions and for a file whose outputs differ by more
+    than 1e-4 (of the largest output, if that is above 1), ImportError where a package is missing,
     and what `torch.export` raises for a model that it cannot take.
     """
     if to not in ("onnx", "pt2"):
@@ -47,7 +49,6 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -
         with torch.no_grad():
             like = first.weight.detach()
             x = like.new_empty(2, first.in_channels, size, size).normal_()
-            # Names of axes; PyTorch finds their limits.
             axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
             program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
             if to == "pt2":
@@ -69,7 +70,7 @@ def _to_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             program, (), path, dynamo=True, input_names=["images"], output_names=["output"],
-            dynamic_axes=None, external_data=False, verbose=False,
+            external_data=False, verbose=False,
         )  # fmt: skip
 
 
@@ -79,8 +80,11 @@ def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
     height, width = x.shape[-2:]
     for images in (x, x.new_empty(3, x.shape[1], height + 33, width + 18).normal_()):
         expected = model(images)
-        difference = max(difference, (run(images) - expected).abs().max().item())
+        distance = (run(images).to(expected.device) - expected).abs().max().item()
+        difference = distance if math.isnan(distance) else max(difference, distance)
         largest = max(largest, expected.abs().max().item())
+    if not difference <= 1e-4 * max(1.0, largest):  # nor NaN
+        raise ValueError(f"{path} is written, but its outputs differ by {difference:.3g} from the network's")
     return Exported(path, difference, largest)
 
 
@@ -95,4 +99,4 @@ def _runner(path: Path, to: Format) -> Any:
         ) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])

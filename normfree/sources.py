@@ -15,7 +15,7 @@ from normfree.models import create_model, from_pretrained, list_models
 
 
 def model_factory(name: str) -> Callable[[], nn.Module]:
-    """A function that builds the model, with new parameters and nothing downloaded.
+    """A function that builds the model, with new parameters and nothing downloaded unless its name asks for it.
 
     `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory
     is called without arguments and the current folder is searched too; or, with its parameters, a folder written by
@@ -23,7 +23,7 @@ def model_factory(name: str) -> Callable[[], nn.Module]:
 
     Raises ValueError for a name that is not known, with near misses; ImportError where a module cannot be imported.
     """
-    if Path(name).is_dir():
+    if name not in list_models() and Path(name).is_dir():
         return functools.partial(from_pretrained, name)
     source, colon, rest = name.partition(":")
     if not colon:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from normfree import create_model
 from normfree.cli import main
+from normfree.sources import model_factory
 
 SMALL = ["--batch", "2", "--size", "64", "64"]
 
@@ -199,3 +200,9 @@ def test_bench(run, tmp_path):
     code, out, err = run("bench", "inference", *arguments[:-2])
     assert code == 0, err
     assert run("bench", "--model", "nf_resnet5")[0] == 2
+
+
+def test_a_folder_does_not_hide_a_network(run, tmp_path):
+    create_model("nf_resnet26", width=0.25, num_classes=3).save_pretrained(tmp_path / "nf_resnet26")
+    assert model_factory("nf_resnet26")().num_classes == 1000
+    assert model_factory("./nf_resnet26")().num_classes == 3

@@ -1,5 +1,7 @@
 """Files for other runtimes, with batch and image sizes that the program was not made from."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,15 @@ def _runner(path, to):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1.0])
+def test_a_file_that_computes_something_else_is_no_success(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["normfree.export"], "_runner", lambda path, to: lambda x: torch.full((len(x), 4), wrong)
+    )
+    with pytest.raises(ValueError, match="outputs differ by"):
+        export(create_model("nf_resnet26", width=0.25, num_classes=4), tmp_path / "net.pt2", to="pt2", size=64)
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -123,8 +122,7 @@ def _gate(
     scales: dict[str, Any] = {
         "gate_scale": gain, "out_scale": out_scale, "skip_gain": None if skip_gain is None else 0.0
     }  # fmt: skip
-    plain_gate = isinstance(getattr(attention, "gate", None), nn.Module) and "Sigmoid" in type(attention.gate).__name__
-    if not plain_gate or "Hard" in type(attention.gate).__name__:
+    if type(getattr(attention, "gate", None)).__name__ != "Sigmoid":
         raise ValueError(f"the gate of a {kind} is no sigmoid; from_timm does not support it")
     ours: SqueezeExcite | EfficientChannelAttention
     if kind == "SEModule" and isinstance(attention.act, nn.ReLU) and isinstance(attention.bn, nn.Identity):
@@ -153,20 +151,22 @@ def _gamma(activation: Any) -> float:
 def _activation(activation: Any, *, keep_gamma: bool = False) -> nn.Module:
     """timm's activation without γ; in place where that saves memory, which is where its derivative needs its output."""
     if type(activation).__name__ == "GammaAct":
-        return _Function(activation.act_fn, activation.gamma if keep_gamma else None)
+        from timm.layers.create_act import create_act_layer
+
+        plain = _activation(create_act_layer(activation.act_fn.__name__))
+        return _Multiplied(plain, activation.gamma) if keep_gamma else plain
     if hasattr(activation, "inplace") and not isinstance(activation, nn.ReLU):
         activation.inplace = False
     return activation
 
 
-class _Function(nn.Module):
-    """function(x), times γ where there is one."""
+class _Multiplied(nn.Module):
+    """activation(x) · γ."""
 
-    def __init__(self, function: Callable[..., Tensor], gamma: float | None) -> None:
+    def __init__(self, activation: nn.Module, gamma: float) -> None:
         super().__init__()
-        self.function = function
+        self.activation = activation
         self.gamma = gamma
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.function(x, inplace=False)
-        return x if self.gamma is None else x * self.gamma
+        return self.activation(x) * self.gamma

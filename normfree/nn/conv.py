@@ -127,14 +127,14 @@ class ScaledWS(Scales, SamePadding):
         W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
         b_eff = out_scale · skip_gain · bias
         """
-        weight_scale, bias_scale = self._combined_scales()
-        bias = None if self.bias is None else self.bias * bias_scale.to(self.bias.dtype)
+        weight_scale, bias = self._scale_and_bias()
         return self._effective_weight(self.weight, weight_scale), bias
 
-    def _combined_scales(self) -> tuple[Tensor, Tensor]:
-        """What multiplies the standardized filters, (out_channels,), and what multiplies the bias, ()."""
+    def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """What multiplies the standardized filters, (out_channels,), and b_eff."""
         out_scale = self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain
-        return self.gain * (self.in_scale * out_scale), out_scale
+        bias = None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
+        return self.gain * (self.in_scale * out_scale), bias
 
     def _effective_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         if self.standardize:
@@ -142,8 +142,7 @@ class ScaledWS(Scales, SamePadding):
         return weight * scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        weight_scale, bias_scale = self._combined_scales()
-        bias = None if self.bias is None else self.bias * bias_scale.to(self.bias.dtype)
+        weight_scale, bias = self._scale_and_bias()
         weight = self._effective_weight(self.weight, weight_scale)
         with recomputing(weight, self._effective_weight, self.weight, weight_scale):
             return self._conv_forward(input, weight, bias)

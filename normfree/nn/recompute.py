@@ -35,8 +35,7 @@ def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tenso
 
 def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor) -> Any:
     """`recomputing` of activation(source), or nothing where that would keep more than it saves."""
-    name = type(getattr(activation, "function", activation)).__name__
-    if name in _KEEP_INPUT and not getattr(activation, "inplace", False):
+    if type(activation).__name__ in _KEEP_INPUT and not getattr(activation, "inplace", False):
         return recomputing(result, activation.forward, source)
     return contextlib.nullcontext()
 

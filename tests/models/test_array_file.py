@@ -3,14 +3,16 @@
 import collections
 import io
 import pickle
+import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from normfree import create_model, load_haiku
 from normfree.models.array_file import read_arrays
 
+WITNESS = Path(tempfile.gettempdir(), "normfree-ran-a-pickle")
 PARAMS = {
     "NFNet/~/stem_conv0": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "gain": np.float32(2.5)},
     "NFNet/~/linear": {"b": np.zeros(3, np.float64), "w": np.asfortranarray(np.ones((2, 2), ">f4"))},
@@ -57,7 +59,7 @@ def equal(arrays):
 
 class Runs:
     def __reduce__(self):
-        return (__import__("os").system, ("touch /tmp/normfree-was-run",))
+        return (__import__("os").system, (f"touch {WITNESS}",))
 
 
 class Anything:
@@ -72,19 +74,15 @@ class Anything:
         (Anything(), "Anything"),
         (np.array([Runs()], dtype=object), "system"),
         (np.ma.array([1.0]), r"numpy\.ma"),
-        ({1, 2}, "cannot be read|set|must be|set"),
         (np.memmap, "memmap"),
         (print, "print"),
     ],
 )
 def test_anything_else_is_refused_by_name(form, value, word, tmp_path):
     path = write(tmp_path / "f.npz", form, {"m": {"w": value}})
-    if isinstance(value, set):  # a plain container, but no array
-        with pytest.raises(ValueError, match="do not fit"):
-            load_haiku(create_model("nf_resnet26", width=0.25), path)
-        return
     with pytest.raises(ValueError, match=word):
         read_arrays(path)
+    assert not WITNESS.exists()
 
 
 def test_arrays_are_not_called_by_a_pickle(tmp_path):

@@ -10,6 +10,7 @@ from timm.models.nfnet import model_cfgs
 from torch import nn
 
 from normfree import characterize, fold, from_timm
+from normfree.benchmarks.measure import kept_bytes
 from normfree.nn import PreActivationBlock, ScaledWSConv2d
 from tests.helpers import assert_close
 from tests.test_fold import shaken
@@ -112,6 +113,15 @@ def test_the_paper_s_form_trains():
     model = from_timm(timm.create_model("nf_resnet26", skipinit=True, gamma_in_act=True))
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["dm_nfnet_f0", "eca_nfnet_l0"])
+def test_activations_are_recomputed(name):
+    model = from_timm(timm.create_model(name, width_factor=0.25, group_size=16))
+    x = torch.randn(4, 3, 96, 96)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        separate = kept_bytes(model, x)
+    assert kept_bytes(model, x) <= 0.65 * separate
 
 
 def test_it_is_still_timm_s_network():
