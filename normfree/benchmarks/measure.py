@@ -1,5 +1,6 @@
 """Times side by side, and what a training step keeps in memory."""
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+
+from normfree.benchmarks.networks import NETWORKS
 
 ALLOCATORS = {
     "default": "",
@@ -41,10 +44,6 @@ class Ratio:
         """The interquartile range over the median."""
         return (self.high - self.low) / self.ratio
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its fields, for JSON."""
-        return asdict(self)
-
 
 def compare(
     steps: Mapping[str, Callable[[], object]],
@@ -53,12 +52,11 @@ def compare(
     rounds: int = 9,
     spread: float = 0.06,
     most_rounds: int = 45,
-    advance: Callable[[], None] = lambda: None,
 ) -> list[Ratio]:
     """Run all steps in turn, round after round, and give the ratio of `steps[ours]` to every other one.
 
     At least `rounds`, and on until the interquartile range of each ratio is below `spread` of it, or `most_rounds`.
-    The first round is not counted. `advance` is called after every round.
+    The first round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     ratios: list[Ratio] = []
@@ -70,7 +68,6 @@ def compare(
         if round_number == 0:
             times = {name: [] for name in steps}
             continue
-        advance()
         if round_number >= rounds:
             ratios = [_ratio(peer, times[ours], times[peer]) for peer in steps if peer != ours]
             if all(ratio.spread < spread for ratio in ratios):
@@ -111,36 +108,58 @@ def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
     return total
 
 
-def in_process(module: str, setting: Mapping[str, Any], allocator: str) -> Iterator[dict[str, Any]]:
-    """Run `python -m module '<setting as JSON>'` under an allocator setting: the JSON objects that it prints, by line.
+@dataclass(frozen=True)
+class Setting:
+    """What is compared with what, and how; networks are named as in `networks.NETWORKS`."""
+
+    ours: str
+    peers: tuple[str, ...]
+    batch: int = 16
+    size: int = 224  # pixels
+    peer_size: int | None = None  # of the peers' images, where it is another one
+    channels_last: bool = False
+    allocator: str = "default"  # of `ALLOCATORS`
+    threads: int = 2
+    rounds: int = 9
+
+    def candidates(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
+        """Name, new network and images of ours and of every peer, after torch was set up as asked."""
+        torch.manual_seed(0)
+        torch.set_num_threads(self.threads)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        for name in (self.ours, *self.peers):
+            size = self.size if name == self.ours else self.peer_size or self.size
+            x = torch.randn(self.batch, 3, size, size).contiguous(memory_format=layout)
+            yield name, NETWORKS[name]().to(memory_format=layout), x
+
+
+def in_process(module: str, setting: Setting) -> list[dict[str, Any]]:
+    """What `serve` prints in a process of its own, `python -m module`, under the setting's allocator.
 
     Raises RuntimeError with the end of its error output if it fails.
     """
-    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATORS[allocator]}
-    command = [sys.executable, "-m", module, json.dumps(dict(setting))]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            yield json.loads(line)
-        errors = process.stderr.read()
-    if process.returncode:
-        raise RuntimeError(f"{module} failed: {errors[-2000:]}")
+    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATORS[setting.allocator]}
+    command = [sys.executable, "-m", module, json.dumps(asdict(setting))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{module} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def serve(rows: Callable[[Setting], list[dict[str, Any]]]) -> None:
+    """The other end of `in_process`."""
+    setting = Setting(**json.loads(sys.argv[1]))
+    print(json.dumps(rows(setting)))
 
 
 def machine() -> dict[str, Any]:
     """Where and with what it was measured."""
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for package in ("timm", "torchvision"):
-        module = sys.modules.get(package) or __import__(package)
-        versions[package] = module.__version__
+    packages = ("torch", "timm", "torchvision")
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
     }
 
 

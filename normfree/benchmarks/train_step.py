@@ -1,14 +1,12 @@
 """Time and kept memory of a training step (forward and backward, float32) beside the peers'."""
 
-import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
-from normfree.benchmarks.measure import compare, in_process, kept_bytes
-from normfree.benchmarks.networks import NETWORKS
+from normfree.benchmarks.measure import Setting, compare, in_process, kept_bytes, serve
 
 PEERS = (
     "limit: plain convolutions",
@@ -19,54 +17,30 @@ PEERS = (
 )
 
 
-def train_step(
-    ours: str = "nf_resnet50",
-    peers: tuple[str, ...] = PEERS,
-    *,
-    batch: int = 16,
-    size: int = 224,
-    peer_size: int | None = None,
-    channels_last: bool = False,
-    allocator: str = "default",
-    threads: int = 2,
-    rounds: int = 9,
-) -> Iterator[dict[str, Any]]:
-    """One row per peer: ratios of time and of kept bytes of `ours` to it; they ran interleaved, in their own process.
-
-    Names are keys of `NETWORKS`; `peer_size` is the image size of the peers where it is another one.
-    """
-    setting = {
-        "ours": ours, "peers": list(peers), "batch": batch, "size": size, "peer_size": peer_size or size,
-        "channels_last": channels_last, "threads": threads, "rounds": rounds,
-    }  # fmt: skip
-    return in_process("normfree.benchmarks.train_step", setting, allocator)
+def train_step(setting: Setting) -> list[dict[str, Any]]:
+    """One row per peer: ratios of our time and of our kept bytes to it; they ran interleaved, in their own process."""
+    return in_process(__spec__.name, setting)
 
 
-def _rows(setting: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    torch.manual_seed(0)
-    torch.set_num_threads(setting["threads"])
-    layout = torch.channels_last if setting["channels_last"] else torch.contiguous_format
-    names = [setting["ours"], *setting["peers"]]
+def _rows(setting: Setting) -> list[dict[str, Any]]:
     steps, kept = {}, {}
-    for name in names:
-        model = NETWORKS[name]().to(memory_format=layout).train()
-        size = setting["size"] if name == setting["ours"] else setting["peer_size"]
-        x = torch.randn(setting["batch"], 3, size, size).contiguous(memory_format=layout)
-
-        def step(model: torch.nn.Module = model, x: torch.Tensor = x) -> None:
-            model(x).sum().backward()
-            model.zero_grad()
-
-        steps[name] = step
+    for name, model, x in setting.candidates():
+        steps[name] = _step(model.train(), x)
         kept[name] = kept_bytes(model, x)
-    for ratio in compare(steps, setting["ours"], rounds=setting["rounds"]):
-        yield ratio.to_dict() | {
-            "kept": kept[setting["ours"]],
-            "peer_kept": kept[ratio.peer],
-            "kept_ratio": kept[setting["ours"]] / kept[ratio.peer],
-        }
+    ours = kept[setting.ours]
+    return [
+        asdict(ratio) | {"kept": ours, "peer_kept": kept[ratio.peer], "kept_ratio": ours / kept[ratio.peer]}
+        for ratio in compare(steps, setting.ours, rounds=setting.rounds)
+    ]
+
+
+def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    return step
 
 
 if __name__ == "__main__":
-    for row in _rows(json.loads(sys.argv[1])):
-        print(json.dumps(row), flush=True)
+    serve(_rows)

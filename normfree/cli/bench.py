@@ -1,6 +1,7 @@
 """`normfree bench`: our networks beside what people would use instead, on this machine."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import tyro
 
 from normfree.benchmarks.inference import PEERS as INFERENCE_PEERS
 from normfree.benchmarks.inference import inference
-from normfree.benchmarks.measure import ALLOCATORS, machine
+from normfree.benchmarks.measure import ALLOCATORS, Setting, machine
 from normfree.benchmarks.networks import NETWORKS
 from normfree.benchmarks.train_step import PEERS as TRAINING_PEERS
 from normfree.benchmarks.train_step import train_step
@@ -24,6 +25,7 @@ def bench(
     peers: tuple[str, ...] = (),
     batch: int = 16,
     size: int = 224,
+    peer_size: int | None = None,
     channels_last: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     allocator: Literal["default", "tuned"] = "default",
     threads: int = 2,
@@ -40,6 +42,7 @@ def bench(
         peers: Networks to compare with; by default those that a user would pick instead.
         batch: Number of images.
         size: Image size in pixels.
+        peer_size: That of the peers, where it is another one.
         channels_last: Memory layout.
         allocator: "tuned" makes glibc keep what is freed, which takes page faults out of the comparison.
         threads: Number of threads of PyTorch.
@@ -51,20 +54,15 @@ def bench(
     for name in (model, *peers):
         if name not in NETWORKS:
             raise ValueError(f"no benchmark network is called {name!r}{suggest(name, NETWORKS)}")
-    if min(batch, size, threads, rounds) < 1 or rounds < 2:
+    if min(batch, size, peer_size or size, threads) < 1 or rounds < 2:
         raise ValueError("batch, size and threads must be at least 1, rounds at least 2")
     if out is not None:
         check_writable(out, [".json"])
+    setting = Setting(model, peers, batch, size, peer_size, channels_last, allocator, threads, rounds)
     where = machine()
     print(f"{where['processor']}, {threads} threads, load {where['load']}, {where['versions']}")
     print(f"{what} of {model}, batch {batch}, {size} pixels, {allocator} allocator ({ALLOCATORS[allocator] or 'none'})")
-    run = train_step if training else inference
-    rows = list(
-        run(
-            model, peers, batch=batch, size=size, channels_last=channels_last, allocator=allocator, threads=threads,
-            rounds=rounds,
-        )
-    )  # fmt: skip
+    rows = (train_step if training else inference)(setting)
     columns = ("to", "time", "quartiles", "rounds", "kept for backward")
     show_table(
         columns if training else columns[:-1],
@@ -77,7 +75,7 @@ def bench(
         ],
     )  # fmt: skip
     if out is not None:
-        setting = {"what": what, "model": model, "batch": batch, "size": size, "channels_last": channels_last}
-        setting |= {"allocator": allocator, "threads": threads}
-        out.write_text(json.dumps({"machine": where, "setting": setting, "rows": rows}, indent=2) + "\n")
+        out.write_text(
+            json.dumps({"machine": where, "what": what, "setting": asdict(setting), "rows": rows}, indent=2) + "\n"
+        )
         announce([out])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Annotated
 
 import tyro
@@ -38,7 +39,7 @@ def models(
                 yield cost(name, size=size)
 
     if json_output:
-        print(json.dumps([entry.to_dict() for entry in costs()], indent=2))
+        print(json.dumps([asdict(entry) for entry in costs()], indent=2))
         return
     show_table(
         ("model", "parameters", "multiply-accumulates", "size", "test size"),

@@ -1,6 +1,6 @@
 """What a network costs before it is built: parameters and multiply-accumulates."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,6 @@ class Cost:
     test_size: int
     drop_rate: float
     weight_decay: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Its fields, for JSON."""
-        return asdict(self)
 
 
 def cost(name: str, *, size: int | None = None, **overrides: Any) -> Cost:
