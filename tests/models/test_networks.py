@@ -9,6 +9,7 @@ from normfree import create_model, list_models
 from normfree.models.cost import cost
 from normfree.nn import ScaledWSConv2d
 from tests.helpers import assert_close, reference_json
+from tests.test_fold import shaken
 
 ZOO = reference_json("zoo_reference.json")
 OURS = {
@@ -110,6 +111,21 @@ def test_no_example_sees_another(activation):
         stochastic_depth_rate=0.0, dtype=torch.float64,
     )  # fmt: skip
     x = torch.randn(4, 3, 40, 33, dtype=torch.float64)
+    alone = torch.cat([model(example[None]) for example in x])
+    assert_close(model(x).detach(), alone.detach(), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("nf_regnet_b0", {"width": 0.25}),
+        ("nfnet_f0", {"width": 0.25, "group_size": 32}),
+        ("fixup_resnet26", {"width": 1}),
+    ],
+)
+def test_no_example_sees_another_in_any_family(name, arguments):
+    model = shaken(create_model(name, num_classes=5, dtype=torch.float64, **arguments))
+    x = torch.randn(3, 3, 57, 40, dtype=torch.float64)
     alone = torch.cat([model(example[None]) for example in x])
     assert_close(model(x).detach(), alone.detach(), 1e-12)
 
