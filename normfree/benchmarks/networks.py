@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.models import ResidualNetwork, create_model, from_timm
+from normfree.nn import MaxPool2d
+from normfree.nn.conv import SameConv2d
 
 
 class PlainBlock(nn.Module):
     """A pre-activation bottleneck of convolutions, ReLU and one addition: no normalizer, gain or scalar."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, padding: str) -> None:
         super().__init__()
         width = channels // 4
         self.conv0 = nn.Conv2d(in_channels, width, 1)
-        self.conv1 = nn.Conv2d(width, width, 3, stride, 1)
+        self.conv1 = SameConv2d(width, width, 3, stride, "same" if padding == "same" else 1)
         self.conv2 = nn.Conv2d(width, channels, 1)
         projects = stride > 1 or in_channels != channels
         self.shortcut = nn.Conv2d(in_channels, channels, 1, stride) if projects else None
@@ -33,16 +35,16 @@ class PlainBlock(nn.Module):
 
 
 class PlainResNet(nn.Module):
-    """The limit: the topology of a pre-activation ResNet in what cannot be left out of it."""
+    """The limit: the topology of a pre-activation ResNet in what cannot be left out of it; padded as ours or torch's."""
 
-    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3)) -> None:
+    def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), padding: str = "same") -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(SameConv2d(3, 64, 7, 2, "same" if padding == "same" else 3), MaxPool2d(padding))
         blocks, channels = [], 64
         for stage, depth in enumerate(depths):
             for position in range(depth):
                 width = 256 * 2**stage
-                blocks.append(PlainBlock(channels, width, 2 if stage and position == 0 else 1))
+                blocks.append(PlainBlock(channels, width, 2 if stage and position == 0 else 1, padding))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(channels, 1000)
@@ -96,6 +98,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "nf_resnet50": functools.partial(ours, "nf_resnet50"),
     "nf_resnet50, symmetric padding": functools.partial(ours, "nf_resnet50", padding="symmetric"),
     "limit: plain convolutions": PlainResNet,
+    "limit, symmetric padding": functools.partial(PlainResNet, padding="symmetric"),
+    **{f"nf_resnet{depth}": functools.partial(ours, f"nf_resnet{depth}") for depth in (101, 200)},
     "torchvision resnet50": functools.partial(_torchvision, "resnet50"),
     "timm resnetv2_50 (BatchNorm)": functools.partial(_timm, "resnetv2_50.a1h_in1k"),
     "timm nf_resnet50": functools.partial(_timm, "nf_resnet50"),

@@ -11,6 +11,10 @@ from normfree.nn.recompute import recomputing
 from normfree.nn.scales import Scales
 from normfree.nn.standardize import EPS, standardize
 
+# Computing an effective weight again in the backward pass saves memory and, where there are many activations, next to
+# no time. A weight that outnumbers them so many times is kept.
+_KEEP_ABOVE = 8
+
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
     """Total padding along one axis that makes the output ⌈size / stride⌉ long; the odd one goes to the end (SAME)."""
@@ -144,6 +148,8 @@ class ScaledWS(Scales, SamePadding):
     def forward(self, input: Tensor) -> Tensor:
         weight_scale, bias = self._scale_and_bias()
         weight = self._effective_weight(self.weight, weight_scale)
+        if weight.numel() > _KEEP_ABOVE * input.numel():
+            return self._conv_forward(input, weight, bias)
         with recomputing(weight, self._effective_weight, self.weight, weight_scale):
             return self._conv_forward(input, weight, bias)
 

@@ -20,12 +20,33 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
 
     `weight` is (out_channels, in_channels / groups, *kernel_size), `scale` is (out_channels,); mean and (biased)
     variance are over everything but the output channel, N = fan-in. The result has the weight's shape and dtype;
-    half-precision weights are standardized in float32. Differentiable once: Hessians with respect to weights are not
-    supported.
+    half-precision weights are standardized in float32. A second derivative in the weights exists in eager mode on CPUs
+    where no filter is clamped, and raises RuntimeError elsewhere.
     """
     if weight.dtype in (torch.float16, torch.bfloat16):
-        return _Standardize.apply(weight.float(), scale.float(), eps)[0].to(weight.dtype)
-    return _Standardize.apply(weight, scale.to(weight.dtype), eps)[0]
+        return _standardize(weight.float(), scale.float(), eps).to(weight.dtype)
+    return _standardize(weight, scale.to(weight.dtype), eps)
+
+
+def _standardize(weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    if weight.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        # Only here does it cost nothing to look whether a filter is clamped; if none is, torch's operation does it all.
+        out, _, rstd = _group_norm(weight, scale)
+        if type(rstd) is Tensor and rstd.max().item() <= (_fan_in(weight) / eps) ** 0.5:
+            return out.view_as(weight)
+    return _Standardize.apply(weight, scale, eps)[0]
+
+
+def _fan_in(weight: Tensor) -> int:
+    return weight.numel() // weight.shape[0]
+
+
+def _group_norm(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """scale ⊙ (W − mean(W)) · rsqrt(N · var(W)) as rows, mean(W) and 1/std(W), both (1, out_channels)."""
+    filters, fan_in = weight.shape[0], _fan_in(weight)
+    rows = weight.reshape(1, filters, fan_in)
+    out, mean, rstd = torch.native_group_norm(rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY)
+    return out.view(filters, fan_in), mean, rstd
 
 
 class _Standardize(torch.autograd.Function):
@@ -44,11 +65,9 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        filters, fan_in = weight.shape[0], weight[0].numel()
-        rows = weight.reshape(1, filters, fan_in)
-        out, mean, rstd = torch.native_group_norm(rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY)
-        shrink = (rstd[0].reciprocal() * (fan_in / eps) ** 0.5).clamp(max=1)
-        return out.view(filters, fan_in).mul_(shrink[:, None]).view_as(weight), mean, rstd, shrink
+        out, mean, rstd = _group_norm(weight, scale)
+        shrink = (rstd[0].reciprocal() * (_fan_in(weight) / eps) ** 0.5).clamp(max=1)
+        return out.mul_(shrink[:, None]).view_as(weight), mean, rstd, shrink
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -64,7 +83,7 @@ class _Standardize(torch.autograd.Function):
         if grad is None:
             return None, None, None
         weight, scale, mean, rstd, shrink = ctx.saved_tensors
-        filters, fan_in = weight.shape[0], weight[0].numel()
+        filters, fan_in = weight.shape[0], _fan_in(weight)
         clamped = shrink < 1
         kernel_rstd = torch.where(clamped, _DELTA, rstd)
         factor = torch.where(clamped, rstd[0] * shrink / _DELTA, 1.0) * fan_in**-0.5

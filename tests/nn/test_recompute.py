@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from normfree import create_model
 from normfree.benchmarks.measure import kept_bytes
 from normfree.benchmarks.networks import PlainResNet, ours
+from normfree.nn import ScaledWSConv2d
 from tests.helpers import assert_close
 
 NETWORKS = {
@@ -38,16 +39,25 @@ def test_gradients_are_the_same(name):
 
 def test_kept_bytes_of_the_limit():
     """The bars: 1.02 of plain convolutions; SiLU and GELU networks 0.65 of themselves with separate modules."""
-    x = torch.randn(4, 3, 96, 96)
-    ratio = kept_bytes(ours("nf_resnet50", padding="symmetric"), x) / kept_bytes(PlainResNet(), x)
+    x = torch.randn(16, 3, 224, 224)
+    ratio = kept_bytes(ours("nf_resnet50"), x) / kept_bytes(PlainResNet(), x)
     assert ratio <= 1.02, f"{ratio:.3f} of plain convolutions"
     for name in ("nf_regnet_b1", "nfnet_f0"):
         model = ours(name)
+        x = torch.randn(8, 3, model.config.train_size, model.config.train_size)
         kept = kept_bytes(model, x)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             separate = kept_bytes(model, x)
         print(f"{name} keeps {kept / separate:.3f}")
         assert kept <= 0.65 * separate, f"{name} keeps {kept / separate:.3f}"
+
+
+def test_a_weight_that_outweighs_the_input_is_kept():
+    """A single pixel: no weight is computed twice; many: only the input is kept."""
+    conv = ScaledWSConv2d(32, 32, 3, padding=1)
+    small, large = torch.randn(1, 32, 1, 1), torch.randn(1, 32, 32, 32)
+    assert kept_bytes(conv, small) >= conv.weight.nbytes
+    assert kept_bytes(conv, large) - large.nbytes < conv.weight.nbytes  # its output, and a few numbers per filter
 
 
 def test_a_changed_source_is_noticed():

@@ -87,3 +87,17 @@ def test_vmap_over_weights():
     stacked = torch.stack([weight, 2 * weight + 1])
     out = vmap(standardize, (0, None))(stacked, scale)
     assert_close(out, torch.stack([standardize(w, scale) for w in stacked]), 1e-12)
+
+
+def test_second_derivatives_exist_or_raise():
+    """On CPUs, where nothing is clamped, they are the formula's; elsewhere they are never silently wrong."""
+    weight, scale = weights()
+    free, clamped = weight[:2].requires_grad_(), weight[:3].detach().requires_grad_()
+    results = []
+    for function in (standardize, formula):
+        (gradient,) = torch.autograd.grad(function(free, scale[:2]).pow(3).sum(), free, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), free)[0])
+    assert_close(*results, 1e-9)
+    (gradient,) = torch.autograd.grad(standardize(clamped, scale[:3]).pow(3).sum(), clamped, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        gradient.square().sum().backward()
