@@ -18,7 +18,7 @@ LAYERS = {
     "models": {"models", "nn", "errors"},
     "fold": {"nn"},
     "export": {"fold"},
-    "benchmarks": {"benchmarks", "fold", "models", "signal"},
+    "benchmarks": {"benchmarks", "fold", "models", "nn", "signal"},
     "images": set(),
     "sources": {"models", "errors"},
     "studies": {"studies", "models", "signal", "images"},

@@ -35,7 +35,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainResNet(nn.Module):
-    """The limit: the topology of a pre-activation ResNet in what cannot be left out of it; padded as ours or torch's."""
+    """The limit: the topology of a pre-activation ResNet in what cannot be left out of it, padded as it is."""
 
     def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), padding: str = "same") -> None:
         super().__init__()

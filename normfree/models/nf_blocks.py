@@ -38,9 +38,12 @@ class NFBlocks:
         self.gamma = gain(config.activation, source=config.gains) if config.standardize else 1.0
         self.ledger = VarianceLedger(config.alpha)
 
-    def activation(self) -> nn.Module:
-        """A new module of the network's activation."""
-        return make_activation(self.config.activation)
+    def activation(self, *, inplace: bool = False) -> nn.Module:
+        """A new module of the network's activation; `inplace` where that costs autograd nothing, which is for ReLU."""
+        activation = make_activation(self.config.activation)
+        if inplace and isinstance(activation, nn.ReLU):
+            activation.inplace = True
+        return activation
 
     def conv(self, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any) -> ScaledWSConv2d:
         """A scaled weight-standardized convolution under the network's padding."""
@@ -88,7 +91,7 @@ class NFBlocks:
             shortcut = self.conv(plan.in_channels, plan.out_channels, 1, stride=stride, in_scale=in_scale)
             shortcut = nn.Sequential(AveragePool2d(), shortcut) if pool else shortcut
         return PreActivationBlock(
-            pre=[self.activation() for _ in conv],
+            pre=[self.activation(inplace=index > 0) for index, _ in enumerate(conv)],
             conv=conv,
             shortcut=shortcut,
             gate=end_gate,

@@ -97,6 +97,9 @@ class PreActivationBlock(nn.Module):
     In training each example's branch is dropped with probability `drop_rate` (stochastic depth; as in the authors'
     code what survives is not rescaled, unless `rescale_drop`). `expected_variance` is the ledger's entry for the
     output, for whoever wants to compare; None where there is none.
+
+    Activations between convolutions that work in place, and the addition, overwrite the output of the convolution
+    before them, which nobody else has, unless that convolution has hooks.
     """
 
     def __init__(
@@ -125,14 +128,14 @@ class PreActivationBlock(nn.Module):
         out, shortcut = x, x
         for index, (pre, conv) in enumerate(zip(self.pre, self.conv, strict=True)):
             if self.inner_gate is not None and index == len(self.conv) - 1:
-                out = self.inner_gate(out)
+                out = _own(self.inner_gate, out)
             activated = pre(out)
             with recomputing_activation(activated, pre, out):
                 if index == 0 and self.shortcut is not None:
                     shortcut = self.shortcut(activated)
-                out = conv(activated)
+                out = _own(conv, activated)
         if self.gate is not None:
-            out = self.gate(out)
+            out = _own(self.gate, out)
         return _join(shortcut, out, self.drop_rate if self.training else 0.0, self.rescale_drop)
 
 
@@ -164,13 +167,23 @@ class PostActivationBlock(nn.Module):
         if self.entry is not None:
             x = self.entry(x)
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.activation(_join(shortcut, self.branch(x), self.drop_rate if self.training else 0.0))
+        branch = _own(self.branch, x)
+        return self.activation(_join(shortcut, branch, self.drop_rate if self.training else 0.0))
+
+
+def _own(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), which may be overwritten: a copy where hooks have seen the module's output."""
+    out = module(x)
+    hooked = nn.modules.module._has_any_global_hook() or any(
+        m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+    )
+    return out.clone() if hooked else out
 
 
 def _join(shortcut: Tensor, branch: Tensor, drop_rate: float, rescale: bool = False) -> Tensor:
-    """shortcut + branch, the branch of each example left out with probability `drop_rate`, in one pass."""
+    """shortcut + branch, the branch of each example left out with probability `drop_rate`; overwrites the branch."""
     if drop_rate == 0:
-        return shortcut + branch
+        return branch.add_(shortcut) if branch.dtype == shortcut.dtype else shortcut + branch
     keep = branch.new_empty(len(branch), 1, 1, 1).bernoulli_(1 - drop_rate)
     if rescale:
         keep /= 1 - drop_rate

@@ -1,11 +1,15 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from normfree.benchmarks.networks import PlainResNet, ours
 from normfree.models import create_model
 from normfree.nn import MaxPool2d, SqueezeExcite, VarianceLedger
 from tests.helpers import assert_close, nchw, reference_arrays
@@ -71,3 +75,54 @@ def test_ledger():
         variances.append(ledger.variance)
     assert betas == pytest.approx([1, 1.04**-0.5, 1.08**-0.5, 1.12**-0.5, 1.04**-0.5])
     assert variances == pytest.approx([1.04, 1.08, 1.12, 1.04, 1.08])
+
+
+def operations(model, x):
+    """How often each operation, forward and backward, writes an activation: (N, C, H, W)."""
+    counts = Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            name = func._schema.name.removeprefix("aten::").removesuffix("_")
+            if name not in ("detach", "expand") and any(
+                isinstance(t, torch.Tensor) and t.ndim == 4 and len(t) == len(x) for t in tree_leaves(out)
+            ):
+                counts[name] += 1
+            return out
+
+    with Watch():
+        model(x).sum().backward()
+    return counts
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+def test_no_pass_over_activations_beyond_those_of_plain_convolutions(padding):
+    x = torch.randn(5, 3, 64, 64)  # no layer has 5 channels
+    found = operations(ours("nf_resnet26", padding=padding), x)
+    limit = operations(PlainResNet((2, 2, 2, 2), padding), x)
+    assert limit["convolution"] == 29
+    assert found == limit, f"{found - limit} more, {limit - found} fewer"
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "global"])
+def test_what_a_hook_has_seen_is_not_overwritten(kind):
+    model = ours("nf_resnet26", width=0.25, num_classes=3)
+    conv = model.stages[0][1].conv[0]
+    x, seen = torch.randn(2, 3, 32, 32), []
+    expected = model(x)
+    if kind == "forward":
+        conv.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    elif kind == "backward":
+        conv.register_full_backward_hook(lambda module, inputs, outputs: seen.append((outputs[0], outputs[0])))
+    else:
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: seen.append((output, output.clone())) if module is conv else None
+        )
+    out = model(x)
+    out.sum().backward()
+    if kind == "global":
+        handle.remove()
+    assert torch.equal(out, expected)
+    ((kept, copy),) = seen
+    assert torch.equal(kept, copy)
