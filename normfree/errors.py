@@ -8,6 +8,10 @@ class SignalError(RuntimeError):
     """A model that cannot be measured, or whose signal is not as it was asked to be."""
 
 
+class TrainingError(RuntimeError):
+    """A training that cannot begin or go on."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Near misses of `name` among the `known` names, as the end of a sentence: "; did you mean …?", or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

@@ -56,15 +56,20 @@ class BlockStatistics(NamedTuple):
     variance: float
 
 
-def block_statistics(model: nn.Module, x: torch.Tensor) -> list[BlockStatistics]:
-    """The statistics of every block's output, in the order in which the blocks run."""
+def watch_blocks(model: nn.Module) -> tuple[list[BlockStatistics], list[Any]]:
+    """A list that the statistics of every block's output are added to when the model runs, and the hooks that do it."""
     rows: list[BlockStatistics] = []
 
     def record(module, inputs, output):
         mean, variance = output.mean((0, 2, 3)), output.var((0, 2, 3), correction=0)
         rows.append(BlockStatistics(mean.square().mean().item(), variance.mean().item()))
 
-    handles = [block.register_forward_hook(record) for stage in model.stages for block in stage]
+    return rows, [block.register_forward_hook(record) for stage in model.stages for block in stage]
+
+
+def block_statistics(model: nn.Module, x: torch.Tensor) -> list[BlockStatistics]:
+    """The statistics of every block's output, in the order in which the blocks run."""
+    rows, handles = watch_blocks(model)
     try:
         with torch.no_grad():
             model(x)

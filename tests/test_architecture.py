@@ -21,8 +21,9 @@ LAYERS = {
     "benchmarks": {"benchmarks", "fold", "models", "nn", "signal"},
     "images": set(),
     "sources": {"models", "errors"},
+    "training": {"training", "models", "signal", "sources", "errors"},
     "studies": {"studies", "models", "signal", "images"},
-    "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors", "export", "benchmarks"},
+    "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors", "export", "benchmarks", "training"},
     "__init__": {"models", "nn", "signal", "fold", "export"},
     "__main__": {"cli"},
 }

@@ -206,3 +206,45 @@ def test_a_folder_does_not_hide_a_network(run, tmp_path):
     create_model("nf_resnet26", width=0.25, num_classes=3).save_pretrained(tmp_path / "nf_resnet26")
     assert model_factory("nf_resnet26")().num_classes == 1000
     assert model_factory("./nf_resnet26")().num_classes == 3
+
+
+def test_train_and_eval(run, tmp_path):
+    code, out, err = run("train", "--list")
+    assert code == 0, err
+    assert "nf_regnet_b5" in out
+    quick = ["--epochs", 1, "--batch", 256, "--model-args", "width=0.25", "--lr", 0.1]
+    code, out, err = run("train", "digits", *quick, "--out", "first")
+    assert code == 0, err
+    assert "top-1 %" in out
+    assert "epoch 1, test: loss" in err
+    code, out, err = run("train", "digits", *quick, "--out", "first")
+    assert code == 2
+    assert "--resume auto" in err
+    code, again, err = run("eval", "first")
+    assert code == 0, err
+    assert again.splitlines()[-1].split("\t")[3] == out_top1(tmp_path / "first")
+    code, _, err = run("train", "--from", "first/config.json", "--out", "second", "--quiet")
+    assert (code, err) == (0, "")
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def out_top1(folder):
+    return f"{float((folder / 'metrics.csv').read_text().splitlines()[-1].split(',')[4]):.2f}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "digitz"], "did you mean digits"),
+        (["train", "digits", "--data", "imagefolder:nowhere", "--out", "x"], "there is no folder nowhere"),
+        (["train", "digits", "--epochs", "0"], "epochs is 0"),
+        (["train", "digits", "--log", "trackio", "--out", "x"], "pip install trackio"),
+        (["train", "--from", "nowhere.json"], "nowhere.json"),
+        (["eval", "nowhere"], "nowhere"),
+    ],
+)
+def test_trainings_that_cannot_be(run, arguments, words):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert words in err

@@ -1,9 +1,9 @@
-"""The command line: `normfree spp`, `models`, `demo`, `export` and `bench`."""
+"""The command line: `normfree spp`, `models`, `demo`, `export`, `bench`, `train` and `eval`."""
 
 import os
 import sys
 
-from normfree.errors import SignalError
+from normfree.errors import SignalError, TrainingError
 
 
 def main() -> None:
@@ -15,15 +15,27 @@ def main() -> None:
     from normfree.cli.export import export
     from normfree.cli.models import models
     from normfree.cli.spp import spp
+    from normfree.cli.train import evaluate, train, train_command
 
     try:
+        if sys.argv[1:2] == ["train"] and sys.argv[2:3] not in (["--help"], ["-h"], []):
+            train_command(sys.argv[2:])
+            return
         tyro.extras.subcommand_cli_from_dict(
-            {"spp": spp, "models": models, "demo": demo, "export": export, "bench": bench},
+            {
+                "spp": spp,
+                "models": models,
+                "demo": demo,
+                "export": export,
+                "bench": bench,
+                "train": train,
+                "eval": evaluate,
+            },
             prog="normfree",
             description="Deep networks without activation normalization, and the tools to see why they work.",
         )
         sys.stdout.flush()
-    except (SignalError, ValueError, TypeError, ImportError, OSError) as error:
+    except (SignalError, TrainingError, ValueError, TypeError, ImportError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # `normfree models | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None

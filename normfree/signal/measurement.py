@@ -18,10 +18,10 @@ from normfree.signal.preparation import (
     opened,
     standardizes,
 )
+from normfree.signal.records import Reader
 from normfree.signal.report import SignalRecord, SignalReport
-from normfree.signal.residual import Join, find_joins
-from normfree.signal.statistics import channel_statistics
-from normfree.signal.tape import Node, Tape
+from normfree.signal.residual import Join
+from normfree.signal.tape import Tape
 
 
 def characterize(
@@ -94,7 +94,6 @@ class _Measurement:
         self.kwargs = kwargs
         self.batch_stats = batch_stats
         self.backward = backward
-        self.gradients: dict[int, Tensor] = {}
 
     def report(self, open_branches: bool) -> SignalReport:
         closed = closed_parameters(self.model)
@@ -132,23 +131,18 @@ class _Measurement:
 
     def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":
         tape = Tape()
+        reader = Reader(self.model, tape)
         with measuring(self.model, batch_stats=self.batch_stats), opened(self.model, names):
             try:
-                self._run(tape, weight_layers)
+                self._run(tape, reader, weight_layers)
             except SignalError:
                 raise
             except Exception as error:
                 raise SignalError(_explain(self.model, tape, error)) from error
-            joins = find_joins(tape)
-            if joins:
-                rows = [self._join_record(tape.nodes[join.node], join) for join in joins]
-            else:
-                layers = [node for node in tape.nodes if node.weight_layer and node.statistics is not None]
-                rows = [self._record(node, shortcut="none", residual_variance=None) for node in layers]
-        return _Records(_numbered(rows), joins, names)
+            reader.read()
+            return _Records(reader.records(), reader.joins, names)
 
-    def _run(self, tape: Tape, weight_layers: bool) -> None:
-        self.gradients = {}
+    def _run(self, tape: Tape, reader: Reader, weight_layers: bool) -> None:
         # Copies: a forward may write into its inputs.
         copies: dict[int, Tensor] = {}
         args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), t.clone()), (self.args, self.kwargs))
@@ -168,49 +162,12 @@ class _Measurement:
                 lambda: self.model(*args, **kwargs),
                 tensors((args, kwargs)),
                 reduce_weight_layers=weight_layers,
-                on_gradient=lambda node, gradient: self._keep_gradient(tape.nodes[node], gradient),
+                on_gradient=reader.keep_gradient,
             )
             ends = [t for t in tensors(out) if t.is_floating_point() and t.requires_grad]
             if not ends:
                 raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
             torch.autograd.grad(ends, targets, [torch.randn_like(t) for t in ends], allow_unused=True)
-
-    def _keep_gradient(self, node: Node, gradient: Tensor | None) -> None:
-        if gradient is not None:  # an output that nothing used has none
-            self.gradients[node.index] = channel_statistics(gradient, node.channel_axis)
-
-    def _join_record(self, node: Node, join: Join) -> SignalRecord:
-        scale = join.scale
-        if join.end_module is not None:
-            scale *= _declared_scale(self.model.get_submodule(join.end_module))
-        residual = None
-        if join.branch_statistics is not None and scale != 0:
-            residual = float(join.branch_statistics[1]) / scale**2
-        record = self._record(node, shortcut=join.shortcut, residual_variance=residual)
-        if record.gradient_variance is None:
-            return record
-        return dataclasses.replace(
-            record, gradient_residual_variance=record.gradient_variance * (scale * join.factor) ** 2
-        )
-
-    def _record(self, node: Node, *, shortcut: str, residual_variance: float | None) -> SignalRecord:
-        assert node.statistics is not None
-        squared_mean, variance = node.statistics.tolist()
-        gradient = self.gradients[node.index].tolist() if node.index in self.gradients else (None, None)
-        owner = self.model.get_submodule(node.module)
-        expected = getattr(owner, "expected_variance", None)
-        return SignalRecord(
-            name=node.module or type(self.model).__name__,
-            stage=0,
-            shape=node.shape,
-            shortcut=shortcut,
-            squared_mean=squared_mean,
-            variance=variance,
-            residual_variance=residual_variance,
-            expected_variance=expected if isinstance(expected, float) else None,
-            gradient_squared_mean=gradient[0],
-            gradient_variance=gradient[1],
-        )
 
 
 @dataclasses.dataclass
@@ -218,27 +175,6 @@ class _Records:
     rows: list[SignalRecord]
     joins: list[Join]
     opened: list[str]
-
-
-def _numbered(records: list[SignalRecord]) -> list[SignalRecord]:
-    """With stages (a new one where the shape changes), and "#2" after the name of a module's second record."""
-    numbered, stage, seen = [], 0, dict[str, int]()
-    for previous, record in zip([None, *records], records, strict=False):
-        stage += previous is None or previous.shape[1:] != record.shape[1:]
-        seen[record.name] = seen.get(record.name, 0) + 1
-        name = record.name if seen[record.name] == 1 else f"{record.name}#{seen[record.name]}"
-        numbered.append(dataclasses.replace(record, name=name, stage=stage))
-    return numbered
-
-
-def _declared_scale(module: nn.Module) -> float:
-    """What a module says that it multiplies its output by."""
-    scale = 1.0
-    for attribute in ("out_scale", "skip_gain"):
-        value = getattr(module, attribute, None)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            scale *= float(value.detach())
-    return scale
 
 
 def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:

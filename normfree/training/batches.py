@@ -1,0 +1,177 @@
+"""Which examples make which batch, and what is random about each: functions of (seed, epoch, index) alone.
+
+Nothing here depends on how many processes, accumulated parts or loading workers share the work.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from normfree.training.data import Images
+
+# What a file that is no image, a truncated one, or one of a broken format raises in Pillow.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
+
+
+class Key(NamedTuple):
+    """An example as the sampler asks for it; weight 0 only fills up a part."""
+
+    epoch: int
+    example: int  # index in the data set
+    weight: float
+
+
+class Example(NamedTuple):
+    """A transformed image, and which image could not be read, if one could not ("" if all went well)."""
+
+    image: Tensor
+    label: int
+    weight: float
+    unreadable: str
+    key: Key
+
+
+class Batch(NamedTuple):
+    """One process's part of an optimizer step, or one of its accumulated parts."""
+
+    images: Tensor  # (N, C, H, W)
+    targets: Tensor  # (N,) labels, or (N, classes) their mixtures
+    weights: Tensor  # (N,): 1, or 0 for examples that only fill up
+    unreadable: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Inside, Python, numpy and torch (on the CPU) draw from `seed`; outside nothing has changed."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    value = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.default_generator.manual_seed(value)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class Examples(Dataset[Example]):
+    """Images made ready for a network, by `Key`.
+
+    One that cannot be read is named; in training the next that can be read takes its place, in testing it weighs 0.
+    """
+
+    def __init__(self, images: Images, transform: Callable[[Any], Tensor], seed: int, *, training: bool) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.training = training
+
+    def __getitem__(self, key: Key) -> Example:
+        with seeded(self.seed, key.epoch, key.example):
+            unreadable = ""
+            for step in range(len(self.images)):
+                index = (key.example + step) % len(self.images)
+                try:
+                    image, label = self.images[index]
+                    weight = key.weight if self.training or not unreadable else 0.0
+                    return Example(self.transform(image), label, weight, unreadable, key)
+                except _UNREADABLE as error:
+                    unreadable = unreadable or f"{self.images.name(index)} ({error})"
+        raise ValueError(f"none of the {len(self.images)} images can be read: {unreadable}")
+
+
+@dataclass(frozen=True)
+class Order:
+    """How an epoch's examples are cut into optimizer steps, and each of those into equal parts."""
+
+    examples: int
+    batch: int  # examples of an optimizer step
+    parts: int  # processes · accumulated parts
+    seed: int
+    shuffle: bool = True
+    even: bool = False  # parts of even size, so that mixed pairs stay together
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per epoch; the last may be a smaller one."""
+        return -(-self.examples // self.batch)
+
+    def step(self, epoch: int, step: int) -> list[Key]:
+        """The examples of one step, a whole number of equal parts, filled up with examples of weight 0."""
+        order = _permutation(self.examples, self.seed, epoch) if self.shuffle else np.arange(self.examples)
+        chosen = order[step * self.batch : (step + 1) * self.batch]
+        size = -(-len(chosen) // self.parts)
+        size += size % 2 if self.even else 0
+        filled = np.resize(chosen, size * self.parts)
+        return [Key(epoch, int(index), float(position < len(chosen))) for position, index in enumerate(filled)]
+
+    def count(self, step: int) -> int:
+        """Real examples of a step."""
+        return min(self.batch, self.examples - step * self.batch)
+
+
+_last_permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
+
+
+def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Kept for the epoch, since every step asks for it."""
+    global _last_permutation
+    key = (examples, seed, epoch)
+    if _last_permutation is None or _last_permutation[0] != key:
+        _last_permutation = key, np.random.default_rng((seed, epoch)).permutation(examples)
+    return _last_permutation[1]
+
+
+class Parts:
+    """A batch sampler: the parts of one process, in order, from `first_step` of `epoch` on; each step has `parts`."""
+
+    def __init__(self, order: Order, process: int, processes: int) -> None:
+        self.order = order
+        self.process = process
+        self.per_step = order.parts // processes
+        self.epoch = 0
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        return (self.order.steps - self.first_step) * self.per_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in range(self.first_step, self.order.steps):
+            keys = self.order.step(self.epoch, step)
+            size = len(keys) // self.order.parts
+            for part in range(self.process * self.per_step, (self.process + 1) * self.per_step):
+                yield keys[part * size : (part + 1) * size]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Examples stacked."""
+    return Batch(
+        torch.stack([e.image for e in examples]),
+        torch.tensor([e.label for e in examples]),
+        torch.tensor([e.weight for e in examples]),
+        tuple(e.unreadable for e in examples if e.unreadable),
+    )
+
+
+def loader(
+    examples: Examples,
+    parts: Parts,
+    *,
+    workers: int,
+    pin: bool,
+    collate: Callable[[Sequence[Example]], Batch] = collate,
+) -> Any:
+    """Loads the parts. Its workers live as long as it does, and it draws nothing from torch's global random state."""
+    return DataLoader(
+        examples, batch_sampler=parts, num_workers=workers, collate_fn=collate, pin_memory=pin,
+        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""Data sets by name: images with labels, for training and for testing."""
+
+import functools
+import gzip
+import io
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
+"""Where fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's folder."""
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".tga"}
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Images(Protocol):
+    """A sequence of (image, label), and what to call each of them in an error."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
+    def name(self, index: int) -> str:
+        """Where the image came from."""
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set for training and testing; mean and std are those of its pixels in [0, 1], per channel."""
+
+    train: Images
+    test: Images
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return len(self.mean)
+
+
+def load(spec: str) -> Data:
+    """The data set that `spec` names.
+
+    digits            the 1,797 digits of 8×8 pixels that scikit-learn ships
+    fashion_mnist     60,000 and 10,000 grey images of 28×28; fashion_mnist:PATH names the folder of the original files
+    instances:PATH    every image of a folder or .zip is its own class: training images are left halves, test images
+                      the upper and the lower square of the right half
+    NAME:PATH         any data set of timm with an index, such as imagefolder:PATH or torch/cifar10:PATH
+
+    Raises ValueError for a name that is not known, FileNotFoundError where the data is not, ImportError where a
+    package is missing.
+    """
+    name, _, path = spec.partition(":")
+    if name == "digits":
+        return _digits()
+    if name == "fashion_mnist":
+        return _fashion_mnist(path)
+    if name == "instances":
+        return _instances(Path(path))
+    return _of_timm(name, path)
+
+
+class Arrays:
+    """Images in memory: (N, H, W) or (N, H, W, C), uint8."""
+
+    def __init__(self, images: np.ndarray, labels: Sequence[int]) -> None:
+        self.images = images
+        self.labels = [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
+
+def _digits() -> Data:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(f"digits needs scikit-learn: pip install 'normfree[demo]' ({error})") from error
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)
+    test = np.arange(len(images)) % 5 == 4
+    return Data(
+        Arrays(images[~test], digits.target[~test]), Arrays(images[test], digits.target[test]), 10, (0.305,), (0.376,)
+    )
+
+
+def _fashion_mnist(path: str) -> Data:
+    folders = [Path(path)] if path else [Path(p) for p in FASHION_MNIST]
+    folder = next((f for f in folders if list(f.glob("train-images-idx3-ubyte*"))), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"there is no Fashion-MNIST in {' or '.join(map(str, folders))}: install Debian's dataset-fashion-mnist, "
+            "or name a folder that holds train-images-idx3-ubyte.gz and the others (fashion_mnist:PATH)"
+        )
+
+    def part(prefix: str) -> Arrays:
+        images = _idx(folder / f"{prefix}-images-idx3-ubyte").reshape(-1, 28, 28)
+        return Arrays(images, _idx(folder / f"{prefix}-labels-idx1-ubyte").tolist())
+
+    return Data(part("train"), part("t10k"), 10, (0.286,), (0.353,))
+
+
+def _idx(path: Path) -> np.ndarray:
+    """The bytes of a file in MNIST's format, gzipped or not, in one dimension."""
+    packed = path.with_name(path.name + ".gz")
+    data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])  # a magic number, and a number per dimension
+
+
+class Instances:
+    """Parts of images, each image a class; see `load`."""
+
+    def __init__(
+        self, images: Sequence[Image.Image], names: Sequence[str], parts: Sequence[Callable[..., Any]]
+    ) -> None:
+        self.images = images
+        self.names = names
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.images) * len(self.parts)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        part, label = divmod(index, len(self.images))
+        image = self.images[label]
+        return image.crop(self.parts[part](*image.size)), label
+
+    def name(self, index: int) -> str:
+        """Of the whole image."""
+        return self.names[index % len(self.names)]
+
+
+def _left(width: int, height: int) -> tuple[int, int, int, int]:
+    return 0, 0, width // 2, height
+
+
+def _right_square(lower: bool, width: int, height: int) -> tuple[int, int, int, int]:
+    side = min(width - width // 2, height)
+    top = height - side if lower else 0
+    return width // 2, top, width // 2 + side, top + side
+
+
+VIEWS = 8
+"""How often an epoch of instances shows each image: every time another crop of its left half."""
+
+
+def _instances(path: Path) -> Data:
+    images, names = _distinct(_images_of(path))
+    if len(images) < 2:
+        raise ValueError(f"{path} holds {len(images)} distinct images; instances need at least 2")
+    right = [functools.partial(_right_square, lower) for lower in (False, True)]
+    train, test = Instances(images, names, [_left] * VIEWS), Instances(images, names, right)
+    return Data(train, test, len(images), *_IMAGENET)
+
+
+def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
+    """All that can be read in a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
+    files: list[tuple[str, Any]]
+    if path.is_dir():
+        files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in _SUFFIXES]
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in _SUFFIXES)
+        files = [(name, name) for name in names]
+    else:
+        raise FileNotFoundError(f"there is no folder or .zip of images at {path}")
+    found = []
+    for name, file in files:
+        try:
+            with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
+                image = opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError):
+            continue
+        if min(image.size) < 32:
+            continue
+        if image.height > 256:
+            image = image.resize((max(1, round(image.width * 256 / image.height)), 256), Image.Resampling.BICUBIC)
+        found.append((name, image))
+    return found
+
+
+def _distinct(images: list[tuple[str, Image.Image]]) -> tuple[list[Image.Image], list[str]]:
+    """Without near-duplicates: the same 16 pixels by 16, but for 2 % of the range on average; and without flat ones."""
+    kept: list[tuple[str, Image.Image]] = []
+    small = np.empty((len(images), 16 * 16 * 3), np.float32)
+    for name, image in images:
+        pixels = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32).ravel() / 255
+        flat = pixels.reshape(-1, 3).std(0).max() < 0.02
+        if not flat and not (np.abs(small[: len(kept)] - pixels).mean(1) < 0.02).any():
+            small[len(kept)] = pixels
+            kept.append((name, image))
+    return [image for _, image in kept], [name for name, _ in kept]
+
+
+class OfTimm:
+    """A data set of timm or torchvision with an index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        # timm's own replaces what it cannot read without a word: its reader does not.
+        self.reader = getattr(dataset, "reader", None)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self.reader is None:
+            image, label = self.dataset[index]
+            return image.convert("RGB"), int(label)
+        file, label = self.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), int(label)
+
+    def name(self, index: int) -> str:
+        """The file's."""
+        return str(self.reader.filename(index)) if self.reader is not None else f"image {index}"
+
+
+def _of_timm(name: str, path: str) -> Data:
+    from timm.data import create_dataset
+
+    if name.startswith(("wds/", "tfds/", "hfids/")):
+        raise ValueError(f"{name} is a stream; give a data set with an index, such as imagefolder or hfds/…")
+    if not path and not name.startswith("hfds/"):
+        raise ValueError(f"data is {name!r}: name its folder too, as in imagefolder:PATH (or use digits)")
+    if path and not os.path.isdir(path):
+        raise FileNotFoundError(f"there is no folder {path} for {name}")
+    name = {"imagefolder": ""}.get(name, name)
+    splits = [create_dataset(name, root=path or None, split=part) for part in ("train", "validation")]
+    train, test = (OfTimm(split) for split in splits)
+    labels = getattr(train.reader, "class_to_idx", None) or getattr(splits[0], "classes", None)
+    classes = len(labels) if labels else 1 + max(train[i][1] for i in range(len(train)))
+    return Data(train, test, classes, *_IMAGENET)

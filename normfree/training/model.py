@@ -1,0 +1,72 @@
+"""The network that a recipe names, for the data that it names."""
+
+import json
+from typing import Any
+
+from torch import nn
+
+from normfree.signal.inputs import input_shape
+from normfree.sources import model_factory
+from normfree.training.data import Data
+from normfree.training.recipe import Recipe
+
+# How each source calls what a recipe says; None: the source has no such argument.
+_NAMES: dict[str, dict[str, str | None]] = {
+    "": {},
+    "timm": {"in_channels": "in_chans", "stochastic_depth_rate": "drop_path_rate"},
+    "torchvision": {"in_channels": None, "stochastic_depth_rate": None, "drop_rate": None},
+}
+
+
+def build(recipe: Recipe, data: Data) -> nn.Module:
+    """A new network with a classifier for the data's classes.
+
+    A function of the user's (package.module:factory) gets `model_args` only. Raises ValueError for a model or an
+    argument that is not known.
+    """
+    source = recipe.model.partition(":")[0] if ":" in recipe.model else ""
+    wanted = {
+        "num_classes": data.classes,
+        "in_channels": data.channels,
+        "stochastic_depth_rate": recipe.stochastic_depth_rate,
+        "drop_rate": recipe.drop_rate,
+    }
+    arguments: dict[str, Any] = {}
+    for name, value in wanted.items() if source in _NAMES else ():
+        theirs = _NAMES[source].get(name, name)
+        if theirs is not None and value is not None:
+            arguments[theirs] = value
+    arguments |= {name: _value(text) for name, _, text in (a.partition("=") for a in recipe.model_args)}
+    try:
+        return model_factory(recipe.model)(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{recipe.model} cannot be built: {error}") from error
+
+
+def sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
+    """Image sizes for training and testing, in pixels: the recipe's, or the model's own."""
+    declared: Any = getattr(model, "default_cfg", None) or {}
+    train = recipe.image_size or int(input_shape(model)[-1])
+    test = declared.get("test_input_size") if recipe.image_size is None else None
+    return train, recipe.test_size or (int(test[-1]) if test else train)
+
+
+def model_channels(model: nn.Module, data: Data) -> int:
+    """Channels of the images that the model takes: those of its first convolution, else the data's."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return data.channels if first is None else first.in_channels
+
+
+def weight_decay(recipe: Recipe, model: nn.Module) -> float:
+    """The recipe's, or that of the model's variant, or 5e-5."""
+    if recipe.weight_decay is not None:
+        return recipe.weight_decay
+    return float(getattr(getattr(model, "config", None), "weight_decay", 5e-5))
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null or a list as JSON writes them; else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,131 @@
+"""The signal of a network while it trains, in anybody's loop."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfree.signal.inputs import tensors
+from normfree.signal.records import Reader
+from normfree.signal.report import SignalRecord
+from normfree.signal.tape import Tape
+from normfree.training.log import Table
+
+_STATISTICS = (
+    "squared_mean", "variance", "residual_variance", "gradient_squared_mean", "gradient_variance",
+    "gradient_residual_variance",
+)  # fmt: skip
+COLUMNS = ("step", "depth", "name", "stage", *_STATISTICS)
+"""Of signal.csv: a row per measured step and residual join (or weight layer), depth from 0."""
+
+
+class SignalMonitor:
+    """What `characterize` tells of a network at rest, told of live training batches, forward and backward.
+
+        with SignalMonitor(model, every=100, path="signal.csv") as monitor:
+            ...  # the training loop, as it is
+        monitor.draw("signal.png")
+
+    Every `every`-th forward pass in training mode, from the first on, is watched from outside; the others are not
+    touched. Branches are measured as they are, gradients as the loss gives them.
+
+    path   a .csv file that grows by a row for each measured step and join
+    log    a function of a mapping of names to numbers and of the step, such as a tracker's
+
+    Raises ValueError for `every` below 1, and for a compiled model (give the eager one that it was made from).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 100,
+        path: str | Path | None = None,
+        log: Callable[[Mapping[str, float], int], None] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("the model is compiled: give the eager one that it was made from")
+        self.model = model
+        self.every = every
+        self.log = log
+        self.step = 0  # forward passes in training mode so far; a loop may set it before each of its steps
+        self.rows: list[dict[str, Any]] = []
+        self.table = None if path is None else Table(Path(path), COLUMNS)
+        self._reader: Reader | None = None
+        self._measured = -1
+
+    def __enter__(self) -> "SignalMonitor":
+        if self.table is not None:
+            self.rows = [_parsed(row) for row in self.table.cut_back(self.step - 1)]
+        own = self.model.__dict__.get("forward")  # that of a wrapper such as accelerate's
+        inner = self.model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not (self.model.training and torch.is_grad_enabled()):
+                return inner(*args, **kwargs)
+            self.collect()
+            step, self.step = self.step, self.step + 1
+            if step % self.every or step == self._measured:
+                return inner(*args, **kwargs)
+            self._measured = step
+            tape = Tape()
+            reader = Reader(self.model, tape)
+            out = tape.record(
+                self.model, lambda: inner(*args, **kwargs), tensors((args, kwargs)), on_gradient=reader.keep_gradient
+            )
+            reader.read()
+            self._reader = reader
+            return out
+
+        self._own = own
+        self.model.forward = forward
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._own is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._own
+        self.collect()
+        if self.table is not None:
+            self.table.close()
+
+    def collect(self) -> None:
+        """Take in the last measured step, whose backward pass is over; called by itself before the next forward."""
+        if self._reader is None:
+            return
+        records = self._reader.records()
+        step, self._reader = self._measured, None
+        rows = [
+            {"step": step, "depth": depth, "name": record.name, "stage": record.stage} | _numbers(record)
+            for depth, record in enumerate(records)
+        ]
+        self.rows += rows
+        if self.table is not None:
+            self.table.add(*rows)
+        if self.log is not None:
+            named = {f"signal/{r.name}/{name}": value for r in records for name, value in _numbers(r).items()}
+            self.log(named, step)
+
+    def draw(self, path: str | Path) -> Path:
+        """Variance and squared mean, of signal and gradient, over depth and step, as .png, .svg or .html."""
+        from normfree.training.curves import draw_signal
+
+        self.collect()
+        return draw_signal(self.rows, Path(path))
+
+
+def _numbers(record: SignalRecord) -> dict[str, float]:
+    return {name: value for name in _STATISTICS if (value := getattr(record, name)) is not None}
+
+
+def _parsed(row: Mapping[str, str]) -> dict[str, Any]:
+    numbers = {name: float(row[name]) for name in _STATISTICS if row[name]}
+    return {"step": int(row["step"]), "depth": int(row["depth"]), "name": row["name"], "stage": row["stage"]} | numbers

@@ -1,0 +1,140 @@
+"""What a training is: every choice in one frozen dataclass, and the paper's choices by name."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from normfree.errors import suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides how a network is trained. A value that cannot be raises ValueError."""
+
+    model: str  # as on the command line: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory
+    model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
+    data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
+    image_size: int | None = None  # pixels; None: the model's own
+    test_size: int | None = None
+    epochs: int = 90
+    batch: int = 256  # of one optimizer step, over all processes and accumulated parts
+    accumulate: int = 1  # parts that each process's share of a batch is cut into
+    optimizer: str = "sgd"  # of timm; "sgd" is Nesterov's
+    momentum: float = 0.9
+    lr: float = 0.1  # peak learning rate at a batch of 256; it is scaled linearly with the batch
+    warmup_epochs: float = 5.0  # linear, from 0; after it a cosine to 0
+    weight_decay: float | None = None  # without gains, biases and skip gains; None: the model's own, or 5e-5
+    label_smoothing: float = 0.1
+    stochastic_depth_rate: float | None = None  # None: the model's own
+    drop_rate: float | None = None  # dropout before the classifier; None: the model's own
+    crop_scale: float = 0.08  # least area of a training crop, as a fraction of the image's; 1: the whole image
+    flip: bool = True  # mirror half of the training images
+    auto_augment: str = ""  # of timm, such as rand-m9-mstd0.5
+    mixup: float = 0.0  # α of its Beta distribution
+    cutmix: float = 0.0
+    ema: float = 0.0  # decay of an exponential moving average of the parameters; 0: none
+    clip_adaptive: float = 0.0  # adaptive gradient clipping (as NFNets'), without the classifier; 0: none
+    clip_norm: float = 0.0  # global gradient norm; 0: not clipped
+    precision: Literal["no", "bf16", "fp16", "double"] = "no"  # mixed precision, or float64 throughout
+    channels_last: bool = False
+    seed: int = 0
+    workers: int = 2  # processes that load images
+    evaluate_every: int = 1  # epochs
+    checkpoint_every: int = 0  # optimizer steps; 0: at the end of every epoch only
+    keep: int = 2  # newest checkpoints that are kept, besides the best
+    log_every: int = 10  # optimizer steps
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.csv
+    signal_every: int = 0  # optimizer steps between measurements of the signal; 0: none
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    max_unreadable: int = 100  # images that cannot be read before the training stops
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # nor NaN
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must be in [0, 1)")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale is {self.crop_scale}; it must be in (0, 1]")
+        if self.clip_adaptive and self.clip_norm:
+            raise ValueError("clip_adaptive and clip_norm are both given; choose one")
+        for name in ("model_args", "log"):  # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for argument in self.model_args:
+            if not argument.partition("=")[0].isidentifier() or "=" not in argument:
+                raise ValueError(f"model_args has {argument!r}; it must be of the form name=value")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at this batch, by the linear rule."""
+        return self.lr * self.batch / 256
+
+    def to_json(self) -> str:
+        """As a file that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Recipe":
+        """The recipe of a config.json. Raises ValueError for what is none, OSError where it cannot be read."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            names = {f.name for f in dataclasses.fields(cls)}
+            if not isinstance(values, dict) or not {"model", "data"} <= set(values) <= names:
+                raise ValueError(f"its fields are no recipe's{_unknown(values, names)}")
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is no recipe: {error}") from None
+
+
+_LEAST = {
+    "image_size": 1, "test_size": 1, "epochs": 1, "batch": 1, "accumulate": 1, "lr": 0, "momentum": 0,
+    "warmup_epochs": 0, "weight_decay": 0, "mixup": 0, "cutmix": 0, "clip_adaptive": 0, "clip_norm": 0, "seed": 0,
+    "workers": 0, "evaluate_every": 1, "checkpoint_every": 0, "keep": 1, "log_every": 1, "signal_every": 0,
+    "max_unreadable": 0,
+}  # fmt: skip
+
+# May differ when a run is taken up again: nothing of the result depends on them.
+UNBOUND = ("workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every")
+
+
+def _unknown(values: Any, names: set[str]) -> str:
+    unknown = sorted(set(values) - names) if isinstance(values, dict) else []
+    return f" ({', '.join(unknown)})" if unknown else ""
+
+
+_IMAGENET = "imagefolder:imagenet"
+_RESNET = Recipe(model="nf_resnet50", data=_IMAGENET)
+# The paper's appendix: batch 1024 and rate 0.4, which the linear rule makes of 0.1; weight decay is the variant's.
+_REGNET = Recipe(
+    model="nf_regnet_b0", data=_IMAGENET, epochs=360, batch=1024, ema=0.99999, mixup=0.2, cutmix=1.0,
+    auto_augment="rand-m9-mstd0.5",
+)  # fmt: skip
+_NFNET = replace(_REGNET, batch=4096, clip_adaptive=0.01)
+_DIGITS = Recipe(
+    model="nf_resnet26", model_args=("width=0.5",), data="digits", image_size=32, test_size=32, epochs=3, batch=16,
+    lr=0.8, warmup_epochs=0.5, crop_scale=0.7, flip=False, stochastic_depth_rate=0.0, workers=0,
+)  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {
+    "digits": _DIGITS,
+    "fashion_mnist": replace(_DIGITS, data="fashion_mnist", epochs=10, batch=64, crop_scale=0.5, flip=True, workers=2),
+    **{
+        f"nf_resnet{depth}": replace(_RESNET, model=f"nf_resnet{depth}", drop_rate=0.25 if depth > 50 else 0.0)
+        for depth in (50, 101, 152, 200, 288)
+    },
+    **{f"nf_regnet_b{level}": replace(_REGNET, model=f"nf_regnet_b{level}") for level in range(6)},
+    **{f"nfnet_f{level}": replace(_NFNET, model=f"nfnet_f{level}") for level in range(7)},
+}
+"""The recipes by name. "digits" needs no download; the networks' are the paper's, for ImageNet."""
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name. Raises ValueError for one that is not known, with near misses."""
+    if name not in RECIPES:
+        raise ValueError(f"no recipe is called {name!r}{suggest(name, RECIPES)} (`normfree train --list`)")
+    return RECIPES[name]

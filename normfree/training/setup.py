@@ -1,0 +1,97 @@
+"""Everything that a recipe's training needs before its first step."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfree.training import data as datasets
+from normfree.training.batches import Examples, Order, Parts, collate, loader
+from normfree.training.mixing import Mixing
+from normfree.training.model import build, model_channels, sizes, weight_decay
+from normfree.training.recipe import Recipe
+from normfree.training.transforms import testing_transform, training_transform
+
+
+class Setup:
+    """Data, network, optimizer and schedule of a recipe, prepared for this process."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe = recipe
+        self.dtype = torch.float64 if recipe.precision == "double" else torch.float32
+        self.accelerator = _accelerator(recipe, out)
+        self.data = datasets.load(recipe.data)
+        torch.manual_seed(recipe.seed)
+        self.model = build(recipe, self.data).to(self.dtype)
+        if recipe.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.order = Order(
+            len(self.data.train), recipe.batch, self.accelerator.num_processes * recipe.accumulate, recipe.seed,
+            even=bool(recipe.mixup or recipe.cutmix),
+        )  # fmt: skip
+        self._load_data()
+        self._prepare()
+
+    def _load_data(self) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        train_size, test_size = sizes(recipe, self.model)
+        channels = model_channels(self.model, self.data)
+        self.parts = Parts(self.order, accelerator.process_index, accelerator.num_processes)
+        test_order = Order(
+            len(self.data.test), recipe.batch, accelerator.num_processes, recipe.seed, shuffle=False
+        )  # fmt: skip
+        mixing = Mixing(recipe.mixup, recipe.cutmix, self.data.classes, recipe.seed) if self.order.even else collate
+        settings: dict[str, Any] = {"workers": recipe.workers, "pin": accelerator.device.type == "cuda"}
+        transform = training_transform(recipe, self.data, train_size, channels)
+        self.train_batches = loader(
+            Examples(self.data.train, transform, recipe.seed, training=True), self.parts, collate=mixing, **settings
+        )
+        transform = testing_transform(self.data, test_size, channels)
+        self.test_batches = loader(
+            Examples(self.data.test, transform, recipe.seed, training=False),
+            Parts(test_order, accelerator.process_index, accelerator.num_processes),
+            **settings,
+        )
+
+    def _prepare(self) -> None:
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+        from timm.utils import ModelEmaV3
+
+        recipe = self.recipe
+        optimizer = create_optimizer_v2(
+            self.model, opt=recipe.optimizer, lr=recipe.peak_lr, weight_decay=weight_decay(recipe, self.model),
+            momentum=recipe.momentum, filter_bias_and_bn=True,
+        )  # fmt: skip
+        total = recipe.epochs * self.order.steps
+        warmup = min(round(recipe.warmup_epochs * self.order.steps), total - 1)
+        self.schedule = CosineLRScheduler(
+            optimizer, t_initial=max(total - warmup, 1), warmup_t=warmup, warmup_prefix=True,
+            warmup_lr_init=recipe.peak_lr / max(warmup, 1), t_in_epochs=False,
+        )  # fmt: skip
+        self.total_steps = total
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema) if recipe.ema else None
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        head = getattr(self.model, "get_classifier", None)
+        excluded = {id(p) for p in head().parameters()} if callable(head) else set()
+        self.clipped = [p for p in self.model.parameters() if id(p) not in excluded]
+
+
+def _accelerator(recipe: Recipe, out: Path) -> Any:
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    missing = set(recipe.log) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    if missing:
+        raise ImportError(f"log needs {', '.join(sorted(missing))}: pip install {' '.join(sorted(missing))}")
+    precision = recipe.precision if recipe.precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=list(recipe.log) or None, project_dir=str(out),
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
+    )  # fmt: skip
+    if recipe.log:
+        accelerator.init_trackers("normfree", config={k: str(v) for k, v in dataclasses.asdict(recipe).items()})
+    return accelerator

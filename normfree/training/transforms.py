@@ -1,0 +1,57 @@
+"""From an image to what a network takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from normfree.training.data import Data
+from normfree.training.recipe import Recipe
+
+
+def training_transform(recipe: Recipe, data: Data, size: int, channels: int) -> Callable[[Any], Tensor]:
+    """Random crops and what else the recipe asks for (timm's), normalized, (channels, size, size)."""
+    from timm.data import create_transform
+
+    whole = recipe.crop_scale == 1
+    transform = create_transform(
+        (channels, size, size), is_training=True, scale=(recipe.crop_scale, 1.0),
+        ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3), hflip=0.5 if recipe.flip else 0.0,
+        auto_augment=recipe.auto_augment or None, **_common(data, channels),
+    )  # fmt: skip
+    return _converted(transform, channels)
+
+
+def testing_transform(data: Data, size: int, channels: int) -> Callable[[Any], Tensor]:
+    """The middle of the image, as the authors cut it (32 pixels off the resized image); small images whole."""
+    from timm.data import create_transform
+
+    transform = create_transform(
+        (channels, size, size), crop_pct=size / (size + 32) if size >= 128 else 1.0,
+        **_common(data, channels),
+    )  # fmt: skip
+    return _converted(transform, channels)
+
+
+def _common(data: Data, channels: int) -> dict[str, Any]:
+    statistics = {"mean": data.mean, "std": data.std}
+    if data.channels != channels:
+        statistics = {name: (sum(values) / len(values),) * channels for name, values in statistics.items()}
+    return {"interpolation": "bicubic", "color_jitter": None} | statistics
+
+
+class _Converted:
+    """A transform of images of another mode; a class, so that loading workers can be sent it."""
+
+    def __init__(self, transform: Any, mode: str) -> None:
+        self.transform = transform
+        self.mode = mode
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(image.convert(self.mode))
+
+
+def _converted(transform: Any, channels: int) -> Callable[[Any], Tensor]:
+    if channels not in (1, 3):
+        raise ValueError(f"the model takes {channels} channels; images have 1 or 3")
+    return _Converted(transform, "L" if channels == 1 else "RGB")

@@ -1,0 +1,104 @@
+"""Data sets, made by the tests themselves or shipped with packages."""
+
+import gzip
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normfree.training.data import VIEWS, load
+
+
+def picture(seed, size=(64, 48)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def test_digits():
+    data = load("digits")
+    assert (len(data.train), len(data.test), data.classes, data.channels) == (1438, 359, 10, 1)
+    pixels = np.stack([np.asarray(data.train[i][0]) for i in range(len(data.train))]) / 255
+    assert pixels.mean() == pytest.approx(data.mean[0], abs=2e-3)
+    assert pixels.std() == pytest.approx(data.std[0], abs=2e-3)
+    assert {data.test[i][1] for i in range(50)} == set(range(10))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_fashion_mnist_in_its_original_files(packed, tmp_path):
+    for part, count in (("train", 7), ("t10k", 3)):
+        images = np.arange(count * 784, dtype=np.uint32).astype(np.uint8)
+        for name, header, body in (
+            (f"{part}-images-idx3-ubyte", struct.pack(">4i", 2051, count, 28, 28), images.tobytes()),
+            (f"{part}-labels-idx1-ubyte", struct.pack(">2i", 2049, count), bytes(range(count))),
+        ):
+            if packed:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(header + body))
+            else:
+                (tmp_path / name).write_bytes(header + body)
+    data = load(f"fashion_mnist:{tmp_path}")
+    assert (len(data.train), len(data.test)) == (7, 3)
+    image, label = data.train[1]
+    assert label == 1
+    assert np.array_equal(np.asarray(image).ravel(), np.arange(784, 2 * 784).astype(np.uint8))
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_instances(archive, tmp_path):
+    folder = tmp_path / "photos" / "below"
+    folder.mkdir(parents=True)
+    for seed in range(5):
+        picture(seed).save(folder / f"{seed}.png")
+    picture(0).save(folder / "again.jpg", quality=97)  # a near-duplicate
+    Image.new("RGB", (64, 64), "red").save(folder / "flat.png")
+    picture(9, (16, 16)).save(folder / "tiny.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    path = tmp_path / "photos"
+    if archive:
+        path = tmp_path / "photos.zip"
+        with zipfile.ZipFile(path, "w") as packed:
+            for file in sorted(folder.iterdir()):
+                packed.write(file, file.name)
+    data = load(f"instances:{path}")
+    assert data.classes == 5
+    assert (len(data.train), len(data.test)) == (5 * VIEWS, 2 * 5)
+    left, label = data.train[5 + 3]
+    assert label == 3
+    upper, lower = data.test[3][0], data.test[5 + 3][0]
+    assert left.size == (32, 48)
+    assert upper.size == lower.size == (32, 32)
+    whole = np.asarray(data.train.images[3])
+    assert np.array_equal(np.asarray(left), whole[:, :32])
+    assert np.array_equal(np.asarray(upper), whole[:32, 32:])
+    assert np.array_equal(np.asarray(lower), whole[16:, 32:])
+
+
+def test_folders_of_classes_are_timm_s(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(count):
+                picture(i).save(tmp_path / part / label / f"{i}.png")
+    data = load(f"imagefolder:{tmp_path}")
+    assert (len(data.train), len(data.test), data.classes) == (6, 4, 2)
+    assert data.train[3][1] == 1
+    assert data.train.name(3).endswith("0.png")
+    (tmp_path / "train" / "dog" / "0.png").write_bytes(b"")
+    with pytest.raises(OSError, match="identify"):
+        data.train[3]
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("fashion_mnist:/none", FileNotFoundError, "dataset-fashion-mnist"),
+        ("instances:/none", FileNotFoundError, "folder or .zip"),
+        ("imagefolder:/none", FileNotFoundError, "no folder /none"),
+        ("digitz", ValueError, "name its folder"),
+        ("wds/imagenet:/none", ValueError, "is a stream"),
+    ],
+)
+def test_what_is_not_there(spec, error, words):
+    with pytest.raises(error, match=words):
+        load(spec)
