@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from normfree.benchmarks.measure import Setting, compare, in_process, serve
+from normfree.benchmarks.measure import Setting, in_processes, interleave, ratios, serve
 from normfree.fold import fold, has_scaled_convolutions
 
 PEERS = ("torchvision resnet50",)
 
 
 def inference(setting: Setting) -> list[dict[str, Any]]:
-    """One row per peer: the ratio of our time, folded, to it; they ran interleaved, in a process of their own."""
-    return in_process(__spec__.name, setting)
+    """One row per peer: the ratio of our time, folded, to it; they ran interleaved, in processes of their own."""
+    return [asdict(ratio) for ratio in ratios(in_processes(__spec__.name, setting), setting.ours)]
 
 
-def _rows(setting: Setting) -> list[dict[str, Any]]:
+def _measure(setting: Setting) -> dict[str, list[float]]:
     steps = {}
     for name, model, x in setting.candidates():
         model.eval()
         steps[name] = _step(fold(model) if has_scaled_convolutions(model) else _without_batch_norm(model), x)
-    return [asdict(ratio) for ratio in compare(steps, setting.ours, rounds=setting.rounds)]
+    return interleave(steps, setting.ours, rounds=setting.rounds)
 
 
 def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -49,4 +49,4 @@ def _without_batch_norm(model: nn.Module) -> nn.Module:
 
 
 if __name__ == "__main__":
-    serve(_rows)
+    serve(_measure)

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,21 +45,20 @@ class Ratio:
         return (self.high - self.low) / self.ratio
 
 
-def compare(
+def interleave(
     steps: Mapping[str, Callable[[], object]],
     ours: str,
     *,
     rounds: int = 9,
     spread: float = 0.06,
-    most_rounds: int = 45,
-) -> list[Ratio]:
-    """Run all steps in turn, round after round, and give the ratio of `steps[ours]` to every other one.
+    most_rounds: int = 15,
+) -> dict[str, list[float]]:
+    """Run all steps in turn, round after round, and give the seconds of each.
 
-    At least `rounds`, and on until the interquartile range of each ratio is below `spread` of it, or `most_rounds`.
-    The first round is not counted.
+    At least `rounds`, and on until the interquartile range of the ratio of `steps[ours]` to every other one is below
+    `spread` of it, or `most_rounds`. The first round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    ratios: list[Ratio] = []
     for round_number in range(most_rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -68,11 +67,15 @@ def compare(
         if round_number == 0:
             times = {name: [] for name in steps}
             continue
-        if round_number >= rounds:
-            ratios = [_ratio(peer, times[ours], times[peer]) for peer in steps if peer != ours]
-            if all(ratio.spread < spread for ratio in ratios):
-                break
-    return ratios
+        if round_number >= rounds and all(ratio.spread < spread for ratio in ratios([times], ours)):
+            break
+    return times
+
+
+def ratios(runs: Sequence[Mapping[str, list[float]]], ours: str) -> list[Ratio]:
+    """Of ours to every other one, over the rounds of several runs together."""
+    times = {name: [seconds for run in runs for seconds in run[name]] for name in runs[0]}
+    return [_ratio(peer, times[ours], times[peer]) for peer in times if peer != ours]
 
 
 def _ratio(peer: str, ours: list[float], theirs: list[float]) -> Ratio:
@@ -120,7 +123,8 @@ class Setting:
     channels_last: bool = False
     allocator: str = "default"  # of `ALLOCATORS`
     threads: int = 2
-    rounds: int = 9
+    rounds: int = 9  # in each process
+    processes: int = 3  # one after the other: where memory comes to lie moves a ratio, too, once per process
 
     def candidates(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """Name, new network and images of ours and of every peer, after torch was set up as asked."""
@@ -133,23 +137,26 @@ class Setting:
             yield name, NETWORKS[name]().to(memory_format=layout), x
 
 
-def in_process(module: str, setting: Setting) -> list[dict[str, Any]]:
-    """What `serve` prints in a process of its own, `python -m module`, under the setting's allocator.
+def in_processes(module: str, setting: Setting) -> list[Any]:
+    """What `serve` prints in each process, `python -m module`, under the setting's allocator.
 
-    Raises RuntimeError with the end of its error output if it fails.
+    Raises RuntimeError with the end of its error output if one fails.
     """
     environment = os.environ | {"GLIBC_TUNABLES": ALLOCATORS[setting.allocator]}
     command = [sys.executable, "-m", module, json.dumps(asdict(setting))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{module} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+    found = []
+    for _ in range(setting.processes):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{module} failed: {done.stderr[-2000:]}")
+        found.append(json.loads(done.stdout))
+    return found
 
 
-def serve(rows: Callable[[Setting], list[dict[str, Any]]]) -> None:
-    """The other end of `in_process`."""
+def serve(measure: Callable[[Setting], Any]) -> None:
+    """The other end of `in_processes`."""
     setting = Setting(**json.loads(sys.argv[1]))
-    print(json.dumps(rows(setting)))
+    print(json.dumps(measure(setting)))
 
 
 def machine() -> dict[str, Any]:

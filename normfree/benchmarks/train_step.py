@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normfree.benchmarks.measure import Setting, compare, in_process, kept_bytes, serve
+from normfree.benchmarks.measure import Setting, in_processes, interleave, kept_bytes, ratios, serve
 
 PEERS = (
     "limit: plain convolutions",
@@ -18,20 +18,22 @@ PEERS = (
 
 
 def train_step(setting: Setting) -> list[dict[str, Any]]:
-    """One row per peer: ratios of our time and of our kept bytes to it; they ran interleaved, in their own process."""
-    return in_process(__spec__.name, setting)
+    """One row per peer: ratios of our time and of our kept bytes to it; they ran interleaved, in their own processes."""
+    runs = in_processes(__spec__.name, setting)
+    kept = runs[0]["kept"]
+    ours = kept[setting.ours]
+    return [
+        asdict(ratio) | {"kept": ours, "peer_kept": kept[ratio.peer], "kept_ratio": ours / kept[ratio.peer]}
+        for ratio in ratios([run["times"] for run in runs], setting.ours)
+    ]
 
 
-def _rows(setting: Setting) -> list[dict[str, Any]]:
+def _measure(setting: Setting) -> dict[str, Any]:
     steps, kept = {}, {}
     for name, model, x in setting.candidates():
         steps[name] = _step(model.train(), x)
         kept[name] = kept_bytes(model, x)
-    ours = kept[setting.ours]
-    return [
-        asdict(ratio) | {"kept": ours, "peer_kept": kept[ratio.peer], "kept_ratio": ours / kept[ratio.peer]}
-        for ratio in compare(steps, setting.ours, rounds=setting.rounds)
-    ]
+    return {"times": interleave(steps, setting.ours, rounds=setting.rounds), "kept": kept}
 
 
 def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -43,4 +45,4 @@ def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    serve(_rows)
+    serve(_measure)

@@ -30,6 +30,7 @@ def bench(
     allocator: Literal["default", "tuned"] = "default",
     threads: int = 2,
     rounds: int = 9,
+    processes: int = 3,
     out: Path | None = None,
 ) -> None:
     """Measure time (and, in training, what is kept for the backward pass) as ratios to other networks, interleaved.
@@ -46,7 +47,8 @@ def bench(
         channels_last: Memory layout.
         allocator: "tuned" makes glibc keep what is freed, which takes page faults out of the comparison.
         threads: Number of threads of PyTorch.
-        rounds: At least so many; more while the ratios scatter.
+        rounds: At least so many in each process; more while the ratios scatter.
+        processes: How many, one after the other; a ratio also depends on where a process's memory comes to lie.
         out: JSON file for the numbers, the machine and the versions.
     """
     training = what == "train-step"
@@ -54,11 +56,11 @@ def bench(
     for name in (model, *peers):
         if name not in NETWORKS:
             raise ValueError(f"no benchmark network is called {name!r}{suggest(name, NETWORKS)}")
-    if min(batch, size, peer_size or size, threads) < 1 or rounds < 2:
-        raise ValueError("batch, size and threads must be at least 1, rounds at least 2")
+    if min(batch, size, peer_size or size, threads, processes) < 1 or rounds < 2:
+        raise ValueError("batch, size, threads and processes must be at least 1, rounds at least 2")
     if out is not None:
         check_writable(out, [".json"])
-    setting = Setting(model, peers, batch, size, peer_size, channels_last, allocator, threads, rounds)
+    setting = Setting(model, peers, batch, size, peer_size, channels_last, allocator, threads, rounds, processes)
     where = machine()
     print(f"{where['processor']}, {threads} threads, load {where['load']}, {where['versions']}")
     print(f"{what} of {model}, batch {batch}, {size} pixels, {allocator} allocator ({ALLOCATORS[allocator] or 'none'})")

@@ -23,6 +23,12 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     half-precision weights are standardized in float32. A second derivative in the weights exists in eager mode on CPUs
     where no filter is clamped, and raises RuntimeError elsewhere.
     """
+    if not weight.is_contiguous():
+        # In the order of the memory (channels_last): no copy, and the result has the weight's layout.
+        order = [0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)]
+        if order != list(range(weight.ndim)):
+            inverse = [order.index(axis) for axis in range(weight.ndim)]
+            return standardize(weight.permute(order), scale, eps).permute(inverse)
     if weight.dtype in (torch.float16, torch.bfloat16):
         return _standardize(weight.float(), scale.float(), eps).to(weight.dtype)
     return _standardize(weight, scale.to(weight.dtype), eps)

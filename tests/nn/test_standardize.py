@@ -37,6 +37,19 @@ def test_values_and_gradients_are_those_of_the_formula(eps):
         assert_close(actual, expected, 1e-12, what)
 
 
+@pytest.mark.parametrize("eps", [1e-4, 1.0])
+def test_channels_last_weights_stay_so(eps):
+    weight, scale = weights()
+    last = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain, cotangent = weight.clone().requires_grad_(), torch.randn_like(weight)
+    results = [torch.autograd.grad(standardize(w, scale, eps), w, cotangent)[0] for w in (plain, last)]
+    out = standardize(last, scale, eps)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert results[1].is_contiguous(memory_format=torch.channels_last)
+    assert_close(*results, 1e-12)
+    assert_close(out.detach(), standardize(weight, scale, eps), 1e-12)
+
+
 def test_gradcheck():
     weight, scale = weights()
     assert torch.autograd.gradcheck(standardize, (weight[:3].requires_grad_(), scale[:3].requires_grad_()))
