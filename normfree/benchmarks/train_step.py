@@ -18,7 +18,7 @@ PEERS = (
 
 
 def train_step(setting: Setting) -> list[dict[str, Any]]:
-    """One row per peer: ratios of our time and of our kept bytes to it; they ran interleaved, in their own processes."""
+    """One row per peer: ratios of our time and kept bytes to it; they ran interleaved, in their own processes."""
     runs = in_processes(__spec__.name, setting)
     kept = runs[0]["kept"]
     ours = kept[setting.ours]

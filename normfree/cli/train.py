@@ -1,5 +1,6 @@
 """`normfree train`: train a recipe; `normfree eval`: test what was trained."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +21,6 @@ def train(
 
 def train_command(arguments: list[str]) -> None:
     """`normfree train …`: the fields' defaults depend on the recipe, so the recipe is read first."""
-    from accelerate import PartialState
-
     from normfree.training import RECIPES, Recipe, recipe
     from normfree.training import train as run
 
@@ -31,6 +30,8 @@ def train_command(arguments: list[str]) -> None:
             [(name, r.model, r.data, str(r.epochs), str(r.batch)) for name, r in RECIPES.items()],
         )
         return
+    if arguments and arguments[0].startswith("--from="):
+        arguments = ["--from", arguments[0].removeprefix("--from="), *arguments[1:]]
     if arguments[:1] == ["--from"] and len(arguments) > 1:
         name, default, rest = "--from FILE", Recipe.from_json(arguments[1]), arguments[2:]
     else:
@@ -55,10 +56,15 @@ def train_command(arguments: list[str]) -> None:
             quiet: Print nothing but the result.
         """
         result = run(recipe, out, resume=resume, quiet=quiet)
-        if PartialState().is_main_process:
+        if _first_process():
             _show(result)
 
     tyro.cli(command, args=rest, prog=f"normfree train {name}")
+
+
+def _first_process() -> bool:
+    """Of those that torchrun or accelerate launch has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show(result: Any) -> None:
@@ -78,6 +84,7 @@ def evaluate(
     *,
     data: str | None = None,
     weights: Path | None = None,
+    model: str | None = None,
 ) -> None:
     """Test a trained network.
 
@@ -85,10 +92,13 @@ def evaluate(
         run: Folder of a run.
         data: Another data set than the run's, with the same classes.
         weights: Another .safetensors file than the run's last weights.
+        model: The run's model again, where that is a function of a package, which will be imported and called.
     """
     from normfree.training import evaluate_run
 
-    found = evaluate_run(run, data=data, weights=weights)
+    found = evaluate_run(run, data=data, weights=weights, model=model)
+    if not _first_process():
+        return
     show_table(
         ("run", "images", "loss", "top-1 %", "top-5 %"),
         [(str(run), str(found.examples), f"{found.loss:.4f}", f"{found.top1:.2f}", f"{found.top5:.2f}")],

@@ -5,19 +5,23 @@ Nothing here depends on how many processes, accumulated parts or loading workers
 
 import contextlib
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from normfree.errors import TrainingError
 from normfree.training.data import Images
 
 # What a file that is no image, a truncated one, or one of a broken format raises in Pillow.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+_IN_A_ROW = 100
 
 
 class Key(NamedTuple):
@@ -77,16 +81,19 @@ class Examples(Dataset[Example]):
 
     def __getitem__(self, key: Key) -> Example:
         with seeded(self.seed, key.epoch, key.example):
-            unreadable = ""
-            for step in range(len(self.images)):
-                index = (key.example + step) % len(self.images)
-                try:
-                    image, label = self.images[index]
-                    weight = key.weight if self.training or not unreadable else 0.0
-                    return Example(self.transform(image), label, weight, unreadable, key)
-                except _UNREADABLE as error:
-                    unreadable = unreadable or f"{self.images.name(index)} ({error})"
-        raise ValueError(f"none of the {len(self.images)} images can be read: {unreadable}")
+            image, label, unreadable = self._read(key.example)
+            weight = key.weight if self.training or not unreadable else 0.0
+            return Example(self.transform(image), label, weight, unreadable, key)
+
+    def _read(self, first: int) -> tuple[Any, int, str]:
+        unreadable = ""
+        for step in range(min(_IN_A_ROW, len(self.images))):
+            index = (first + step) % len(self.images)
+            try:
+                return *self.images[index], unreadable
+            except _UNREADABLE as error:
+                unreadable = unreadable or f"{self.images.name(index)} ({type(error).__name__})"
+        raise TrainingError(f"none of {step + 1} images in a row can be read, the first is {unreadable}")
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,12 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole group of processes must not take the loading away from the last steps."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader(
     examples: Examples,
     parts: Parts,
@@ -173,5 +186,6 @@ def loader(
     """Loads the parts. Its workers live as long as it does, and it draws nothing from torch's global random state."""
     return DataLoader(
         examples, batch_sampler=parts, num_workers=workers, collate_fn=collate, pin_memory=pin,
-        persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0),
+        persistent_workers=workers > 0, worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator().manual_seed(0),
     )  # fmt: skip

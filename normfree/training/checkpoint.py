@@ -58,27 +58,30 @@ class Checkpoints:
                     save_file({name: t.contiguous() for name, t in ema.state_dict().items()}, temporary / _EMA)
                 (temporary / _POSITION).write_text(json.dumps(asdict(position), indent=2) + "\n")
                 _seal(temporary)
-                shutil.rmtree(final, ignore_errors=True)
+                aside = self.folder / f".writing_{position.step:08d}_before"
+                if final.exists():
+                    final.rename(aside)
                 temporary.rename(final)
+                shutil.rmtree(aside, ignore_errors=True)
                 _sync(self.folder)
                 self._forget(position)
             accelerator.wait_for_everyone()
         except Exception as error:  # torch and safetensors have errors of their own for a full disk
             with contextlib.suppress(OSError):
                 shutil.rmtree(temporary, ignore_errors=True)
-            last = max(self._whole(), default=None)
-            kept = f"the last good one is {last}" if last else "there is none yet"
-            raise TrainingError(f"cannot write a checkpoint to {self.folder}: {error}; {kept}") from error
+            raise TrainingError(f"cannot write a checkpoint to {self.folder}: {error}; {self.last_good()}") from error
         return final
 
     def _forget(self, position: Position) -> None:
-        found = sorted(self.folder.glob("step_*"))
+        found = sorted(path for path in self.folder.glob("step_*") if path.name <= f"step_{position.step:08d}")
         for path in found[: -self.keep]:
             if path.name != f"step_{position.best_step:08d}":
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _whole(self) -> list[Path]:
-        return [path for path in self.folder.glob("step_*") if damage(path) is None]
+    def last_good(self) -> str:
+        """The newest whole checkpoint, in words."""
+        path, _ = self.newest()
+        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, and what is wrong with those that are newer."""
@@ -157,7 +160,9 @@ def _digest(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such thing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -39,6 +39,7 @@ class Data:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    names: tuple[str, ...] = ()  # of the classes, where they have some
 
     @property
     def channels(self) -> int:
@@ -241,8 +242,14 @@ def _of_timm(name: str, path: str) -> Data:
     if path and not os.path.isdir(path):
         raise FileNotFoundError(f"there is no folder {path} for {name}")
     name = {"imagefolder": ""}.get(name, name)
-    splits = [create_dataset(name, root=path or None, split=part) for part in ("train", "validation")]
-    train, test = (OfTimm(split) for split in splits)
-    labels = getattr(train.reader, "class_to_idx", None) or getattr(splits[0], "classes", None)
+    train = OfTimm(create_dataset(name, root=path or None, split="train"))
+    names = getattr(train.reader, "class_to_idx", None)
+    # Numbered as in training, also where a class has no test image.
+    numbering: dict[str, Any] = {"class_map": names} if name == "" else {}
+    test = OfTimm(create_dataset(name, root=path or None, split="validation", **numbering))
+    roots = [getattr(part.reader, "root", None) for part in (train, test)]
+    if roots[0] is not None and roots[0] == roots[1]:
+        raise ValueError(f"{path} has no folders train and val: it would be tested on what it trains on")
+    labels = names or getattr(train.dataset, "classes", None)
     classes = len(labels) if labels else 1 + max(train[i][1] for i in range(len(train)))
-    return Data(train, test, classes, *_IMAGENET)
+    return Data(train, test, classes, *_IMAGENET, tuple(map(str, labels or ())))

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import math
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from normfree.errors import TrainingError
 from normfree.training.batches import Batch
 from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
-from normfree.training.evaluation import Accuracy, evaluate, totals
+from normfree.training.evaluation import Accuracy, evaluate
 from normfree.training.faults import locate
 from normfree.training.interruption import Interruption
 from normfree.training.log import COLUMNS, Screen, Table
 from normfree.training.monitor import SignalMonitor
 from normfree.training.recipe import UNBOUND, Recipe
-from normfree.training.setup import Setup
+from normfree.training.setup import Setup, accelerated
+from normfree.training.step import Outcome, Step
 
 
 @dataclass(frozen=True)
@@ -41,78 +41,58 @@ def train(
 ) -> Result:
     """Train as `recipe` says, into the folder `out`, on all processes of `accelerate launch` or `torchrun`.
 
-    `resume="auto"` goes on after the newest whole checkpoint in `out`, or begins. `quiet` prints nothing. Interrupted
-    (SIGTERM, Ctrl-C), it writes a checkpoint and returns.
+    On several machines `out` is a folder that all of them see. `resume="auto"` goes on after the newest whole
+    checkpoint in it, or begins. `quiet` prints nothing. Interrupted (SIGTERM, Ctrl-C), it writes a checkpoint and
+    returns.
 
     Raises ValueError for a recipe that cannot be, a folder that holds another run and data that has changed;
-    FileNotFoundError for data that is not there; TrainingError where a loss is not finite, where a checkpoint cannot
-    be written, and where too many images cannot be read.
+    FileNotFoundError for data that is not there; TrainingError where a loss is not finite, where a file cannot be
+    written, and where too many images cannot be read.
     """
-    training = Training(recipe, Path(out), resume, quiet)
-    try:
-        return training.run()
-    finally:
-        training.close()
+    if resume not in ("never", "auto"):
+        raise ValueError(f"resume is {resume!r}; it must be 'never' or 'auto'")
+    _check_folder(recipe, Path(out), resume)
+    with accelerated(recipe, Path(out)) as accelerator:
+        training = Training(recipe, Path(out), accelerator, quiet)
+        try:
+            return training.run(resume == "auto")
+        finally:
+            training.metrics.close()
 
 
 class Training:
-    """One run: what `train` sets up, step by step."""
+    """One run, on one of its processes."""
 
-    def __init__(self, recipe: Recipe, out: Path, resume: str, quiet: bool) -> None:
-        if resume not in ("never", "auto"):
-            raise ValueError(f"resume is {resume!r}; it must be 'never' or 'auto'")
+    def __init__(self, recipe: Recipe, out: Path, accelerator: Any, quiet: bool) -> None:
         self.recipe = recipe
         self.out = out
-        self.quiet = quiet
-        _check_folder(recipe, out, resume)
-        self.setup = Setup(recipe, out)
-        self.accelerator = self.setup.accelerator
+        self.accelerator = accelerator
+        self.setup = Setup(recipe, accelerator)
+        self.take_step = Step(self.setup)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep)
         self.metrics = Table(out / "metrics.csv", COLUMNS)
-        self.position = Position(examples=self.setup.order.examples, processes=self.accelerator.num_processes)
+        self.position = Position(examples=self.setup.order.examples, processes=accelerator.num_processes)
+        self.saved: Position | None = None
         self.accuracy: Accuracy | None = None
-        torch.manual_seed(recipe.seed + 1 + self.accelerator.process_index)  # of dropout and stochastic depth
-        self.accelerator.wait_for_everyone()  # until every process has found the folder in order
-        if self.accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
+        self.screen = Screen(self.setup.total_steps, quiet or not accelerator.is_main_process)
+        torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # of dropout and stochastic depth
+        accelerator.wait_for_everyone()  # until every process has found the folder in order
+        if accelerator.is_main_process:
             self.checkpoints.clean()
-            (out / "config.json").write_text(recipe.to_json())
-        self.accelerator.wait_for_everyone()
-        self.resumed = self._resume() if resume == "auto" else ""
-
-    # ---- going on
-
-    def _resume(self) -> str:
-        path, problems = self.checkpoints.newest()
-        for problem in problems:
-            self._warn(f"{problem}: the one before it is taken")
-        if path is None:
-            return ""
-        position = read_position(path)
-        if position.examples != self.setup.order.examples:
-            raise ValueError(
-                f"{self.recipe.data} has {self.setup.order.examples} training images, but had {position.examples} when "
-                f"{path} was written: the run cannot go on as it began"
-            )
-        restore(path, self.accelerator, self.setup.ema)
-        self.position = dataclasses.replace(position, processes=self.accelerator.num_processes)
-        return f"going on after step {position.step} ({path})"
-
-    def _warn(self, text: str) -> None:
-        if self.accelerator.is_main_process and not self.quiet:
-            Screen(0, 0, False).say(f"normfree: {text}")
+            _write(out / "config.json", recipe.to_json())
+        accelerator.wait_for_everyone()
 
     # ---- the run
 
-    def run(self) -> Result:
+    def run(self, resume: bool) -> Result:
         """Train to the end or until interrupted."""
+        if resume:
+            self._resume()
         if self.accelerator.is_main_process:
-            self.metrics.cut_back(self.position.step)
-        quiet = self.quiet or not self.accelerator.is_main_process
-        self.screen = Screen(self.setup.total_steps, self.position.step, quiet)
+            evaluated = self.position.step_in_epoch == 0
+            self.metrics.cut_back(self.position.step, including=lambda row: evaluated or row["kind"] == "train")
         with Interruption() as interruption, self.screen as screen, self._monitor() as self.monitor:
-            if self.resumed:
-                screen.say(self.resumed)
+            screen.step(self.position.step)
             self.setup.wrapped.train()
             finished = self._epochs(interruption)
             if not finished:
@@ -125,16 +105,33 @@ class Training:
         self.accelerator.wait_for_everyone()
         return Result(self.out, self.position.step, finished, self.accuracy, self.position.best)
 
+    def _resume(self) -> None:
+        """Every process goes on from the checkpoint that the first one chooses."""
+        chosen = self._from_first(self.checkpoints.newest() if self.accelerator.is_main_process else None)
+        path, problems = chosen
+        for problem in problems:
+            self.screen.say(f"{problem}: the one before it is taken")
+        if path is None:
+            return
+        position = read_position(path)
+        if position.examples != self.setup.order.examples:
+            raise ValueError(
+                f"{self.recipe.data} has {self.setup.order.examples} training images, but had {position.examples} when "
+                f"{path} was written: the run cannot go on as it began"
+            )
+        restore(path, self.accelerator, self.setup.ema)
+        self.position = self.saved = dataclasses.replace(position, processes=self.accelerator.num_processes)
+        self.screen.say(f"going on after step {position.step} ({path})")
+
     def _epochs(self, interruption: Interruption) -> bool:
         """Whether the end was reached."""
         recipe = self.recipe
         while self.position.epoch < recipe.epochs:
-            self.clock, self.seen = time.perf_counter(), 0
+            self.clock, self.seen, stop = time.perf_counter(), 0, False
             for step, batches in self._steps():
-                stop = self._step(step, batches, interruption.asked)
-                last = step + 1 == self.setup.order.steps
+                stop = self._step(step, batches, interruption)
                 self._advance(step=self.position.step + 1, step_in_epoch=step + 1)
-                if last:
+                if step + 1 == self.setup.order.steps:
                     break
                 if stop:
                     return False
@@ -142,10 +139,13 @@ class Training:
                     self._save()
             epoch = self.position.epoch
             if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
+                self._save()  # an evaluation may take longer than whoever stops a run waits
+                if stop:
+                    return False
                 self._evaluate()
             self._advance(epoch=epoch + 1, step_in_epoch=0)
             self._save()
-            if interruption.asked and self._anywhere(interruption.asked) and self.position.epoch < recipe.epochs:
+            if self._anywhere(interruption.asked) and self.position.epoch < recipe.epochs:
                 return False
         return True
 
@@ -155,113 +155,87 @@ class Training:
     def _steps(self) -> Iterator[tuple[int, list[Batch]]]:
         """The rest of the epoch's optimizer steps, each with this process's parts."""
         self.setup.parts.epoch, self.setup.parts.first_step = self.position.epoch, self.position.step_in_epoch
+        if not len(self.setup.parts):
+            return
         batches = iter(self.setup.train_batches)
         for step in range(self.setup.parts.first_step, self.setup.order.steps):
             yield step, [next(batches) for _ in range(self.recipe.accumulate)]
 
-    def _step(self, step: int, batches: list[Batch], asked: bool) -> bool:
-        """One optimizer step; whether a process was asked to stop."""
-        recipe, accelerator = self.recipe, self.accelerator
+    def _step(self, step: int, batches: list[Batch], interruption: Interruption) -> bool:
+        """Whether a process was asked to stop."""
         count = self.setup.order.count(step)
-        self.setup.schedule.step_update(self.position.step)
-        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-        for position, batch in enumerate(batches):
-            last = position + 1 == len(batches)
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.setup.wrapped):
-                images, targets, weights = self._to_device(batch)
-                if self.monitor is not None:
-                    self.monitor.step = self.position.step
-                logits = self.setup.wrapped(images)
-                loss = self._loss(logits, targets, weights, count)
-                # Processes' gradients are averaged, and the loss is a sum over all of them.
-                accelerator.backward(loss * accelerator.num_processes)
-            with torch.no_grad():
-                sums[0] += loss.double() * count
-                if targets.ndim == 1:
-                    sums[1:3] += totals(logits.detach(), targets, weights)[2:4]
-        sums[3] = float(asked)
-        self._note_unreadable(batches)
-        sums = accelerator.reduce(sums, "sum")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.setup.model.parameters() if p.grad is not None])
-        mean_loss = sums[0].item() / count
-        if not math.isfinite(mean_loss) or (recipe.precision != "fp16" and not math.isfinite(norm.item())):
-            self._not_finite(batches, count, mean_loss)
-        else:
-            self._clip(norm)
-            self.setup.optimizer.step()
-            if self.setup.ema is not None:
-                self.setup.ema.update(self.setup.model, step=self.position.step)
-        self.setup.optimizer.zero_grad()
+        unreadable = self._new_unreadable(batches)
+        outcome = self.take_step(
+            self.position.step, batches, count, asked=interruption.asked, unreadable=len(unreadable),
+            monitor=self.monitor,
+        )  # fmt: skip
+        if outcome.unreadable:
+            self._note_unreadable(unreadable)
+        if not outcome.finite:
+            self._not_finite(batches, count, outcome)
         self.seen += count
-        self.screen.step(self.position.step + 1)
-        if (self.position.step + 1) % recipe.log_every == 0 or step + 1 == self.setup.order.steps:
+        done = self.position.step + 1
+        self.screen.step(done)
+        if done % self.recipe.log_every == 0 or step + 1 == self.setup.order.steps:
             now = time.perf_counter()
-            rows = {"top1": 100 * sums[1].item() / count, "top5": 100 * sums[2].item() / count}
             self._log(
-                "train", self.position.step + 1, loss=mean_loss, lr=self.setup.optimizer.param_groups[0]["lr"],
-                gradient_norm=norm.item(), images_per_second=self.seen / (now - self.clock),
-                **(rows if batches[0].targets.ndim == 1 else {}),
+                "train", done, loss=outcome.loss, top1=outcome.top1, top5=outcome.top5,
+                lr=self.setup.optimizer.param_groups[0]["lr"], gradient_norm=outcome.gradient_norm,
+                images_per_second=self.seen / (now - self.clock),
             )  # fmt: skip
             self.clock, self.seen = now, 0
-        return sums[3].item() > 0
+        return outcome.asked
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.accelerator.device
-        images = batch.images.to(device, self.setup.dtype, non_blocking=True)
-        if self.recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        targets = batch.targets.to(device, non_blocking=True)
-        return images, targets, batch.weights.to(device, non_blocking=True)
+    # ---- what goes wrong
 
-    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor, count: int) -> Tensor:
-        """This part's share of the mean over the whole step's examples."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = targets.to(logits.dtype) if targets.ndim > 1 else targets
-        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.recipe.label_smoothing)
-        return (losses * weights.to(losses.dtype)).sum() / count
-
-    def _clip(self, norm: Tensor) -> None:
-        recipe = self.recipe
-        if not recipe.clip_adaptive and not recipe.clip_norm:
-            return
-        self.accelerator.unscale_gradients()
-        if recipe.clip_adaptive:
-            from timm.utils import adaptive_clip_grad
-
-            adaptive_clip_grad(self.setup.clipped, recipe.clip_adaptive)
-        else:
-            torch.nn.utils.clip_grads_with_norm_(list(self.setup.model.parameters()), recipe.clip_norm, norm)
-
-    def _not_finite(self, batches: list[Batch], count: int, loss: float) -> None:
-        what = f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {self.position.step + 1} is not finite"
+    def _not_finite(self, batches: list[Batch], count: int, outcome: Outcome) -> None:
+        part = "gradient" if outcome.loss - outcome.loss == 0 else "loss"
+        what = f"the {part} of step {self.position.step + 1} is not finite"
         if self.recipe.on_nonfinite == "skip":
             self.screen.say(f"{what}: the step is skipped")
             return
+        part_loss = self.take_step.part_loss
+        found = [locate(self.setup.model, functools.partial(part_loss, batch, count)) for batch in batches]
+        where = min((place for places in self._gather(found) for place in places), key=lambda place: place.vague)
+        raise TrainingError(
+            f"{what}; first of all, {where.words}; {self.checkpoints.last_good()} (begin again with a lower learning "
+            "rate, or go on with on_nonfinite skip)"
+        )
 
-        def again() -> Tensor:
-            parts = [self._to_device(batch) for batch in batches]
-            return torch.stack([self._loss(self.setup.model(x), y, w, count) for x, y, w in parts]).sum()
+    def _new_unreadable(self, batches: list[Batch]) -> list[str]:
+        found = dict.fromkeys(name for batch in batches for name in batch.unreadable)
+        return [name for name in found if name not in self.position.unreadable]
 
-        where = locate(self.setup.model, again)
-        path, _ = self.checkpoints.newest()
-        last = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-        raise TrainingError(f"{what}; first of all, {where}; {last} (a lower learning rate, or on_nonfinite skip)")
-
-    def _note_unreadable(self, batches: list[Batch]) -> None:
-        found = [name for batch in batches for name in batch.unreadable]
-        new = [name for name in dict.fromkeys(found) if name not in self.position.unreadable]
+    def _note_unreadable(self, names: list[str]) -> None:
+        """On all processes: what any of them could not read."""
+        new = list(dict.fromkeys(name for some in self._gather(names) for name in some))
         for name in new:
-            self.screen.say(f"cannot read {name}: another image takes its place")
+            self.screen.say(f"cannot read {name}")
         self._advance(unreadable=(*self.position.unreadable, *new))
-        if len(self.position.unreadable) > self.recipe.max_unreadable:
+        known = self.position.unreadable
+        if len(known) > self.recipe.max_unreadable:
             raise TrainingError(
-                f"{len(self.position.unreadable)} images cannot be read, more than max_unreadable="
-                f"{self.recipe.max_unreadable}: {', '.join(self.position.unreadable[:5])}, …"
+                f"{len(known)} images cannot be read, more than max_unreadable={self.recipe.max_unreadable}: "
+                f"{', '.join(known[:5])}, …; {self.checkpoints.last_good()}"
             )
+
+    # ---- what processes tell each other
+
+    def _gather(self, value: Any) -> list[Any]:
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def _from_first(self, value: Any) -> Any:
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     def _anywhere(self, flag: bool) -> bool:
         total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum")
         return total.item() > 0
+
+    # ---- what is measured and written
 
     def _monitor(self) -> Any:
         if not self.recipe.signal_every or not self.accelerator.is_main_process:
@@ -273,23 +247,23 @@ class Training:
         monitor.step = self.position.step
         return monitor
 
-    # ---- what is written
-
     def _evaluate(self) -> None:
         for kind, model in (("eval", self.setup.model), ("eval_ema", self.setup.ema and self.setup.ema.module)):
-            if model is None:
-                continue
-            self.accuracy = self._test(model)
-            self._log(kind, self.position.step, loss=self.accuracy.loss, top1=self.accuracy.top1,
-                      top5=self.accuracy.top5)  # fmt: skip
+            if model is not None:
+                self.accuracy = self._test(model)
+                self._log(kind, self.position.step, loss=self.accuracy.loss, top1=self.accuracy.top1,
+                          top5=self.accuracy.top5)  # fmt: skip
         assert self.accuracy is not None
         if self.accuracy.top1 > self.position.best:
             self._advance(best=self.accuracy.top1, best_step=self.position.step)
 
     def _test(self, model: nn.Module) -> Accuracy:
-        return evaluate(model, self.setup.test_batches, self.accelerator, self.setup.dtype)
+        accuracy, unreadable = evaluate(model, self.setup.test_batches, self.accelerator, self.setup.dtype)
+        self._note_unreadable([name for name in unreadable if name not in self.position.unreadable])
+        return accuracy
 
-    def _log(self, kind: str, step: int, **values: float) -> None:
+    def _log(self, kind: str, step: int, **values: float | None) -> None:
+        values = {name: value for name, value in values.items() if value is not None}
         row = {"step": step, "epoch": self.position.epoch, "kind": kind} | values
         if self.accelerator.is_main_process:
             self.metrics.add(row)
@@ -297,24 +271,28 @@ class Training:
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def _save(self) -> None:
+        if self.position == self.saved:
+            return
+        for name, parameter in self.setup.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise TrainingError(
+                    f"the parameter {name} is not finite after step {self.position.step}; "
+                    f"{self.checkpoints.last_good()}"
+                )
         self.checkpoints.save(self.accelerator, self.position, self.setup.ema)
+        self.saved = self.position
 
     def _finish(self) -> None:
         from safetensors.torch import save_model
 
+        from normfree.training.curves import draw
+
         save_model(self.setup.model, str(self.out / "model.safetensors"))
         if self.setup.ema is not None:
             save_model(self.setup.ema.module, str(self.out / "model_ema.safetensors"))
-        from normfree.training.curves import draw
-
         draw([self.out], self.out / "curves.png")
         if self.monitor is not None and self.monitor.rows:
             self.monitor.draw(self.out / "signal.png")
-
-    def close(self) -> None:
-        """Let go of files, workers and trackers."""
-        self.metrics.close()
-        self.accelerator.end_training()
 
 
 def _check_folder(recipe: Recipe, out: Path, resume: str) -> None:
@@ -322,6 +300,8 @@ def _check_folder(recipe: Recipe, out: Path, resume: str) -> None:
     if not path.exists():
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is no folder")
+        if list(out.glob("checkpoints/step_*")):
+            raise ValueError(f"{out} holds checkpoints, but no config.json that says of what: choose another folder")
         return
     if resume == "never":
         raise ValueError(f"{out} holds a run already: choose another folder, or --resume auto to go on with it")
@@ -333,3 +313,14 @@ def _check_folder(recipe: Recipe, out: Path, resume: str) -> None:
     ]
     if changed:
         raise ValueError(f"{out} holds the run of another recipe ({'; '.join(changed)}): it cannot go on with this one")
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or what was there before."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error}") from error

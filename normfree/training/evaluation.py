@@ -1,7 +1,8 @@
 """How good a network is: sums over every example of a data set, each counted once."""
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from normfree.errors import TrainingError
 from normfree.training import data as datasets
-from normfree.training.batches import Batch, Examples, Order, Parts, loader
+from normfree.training.batches import Batch, Examples, Parts, loader
 from normfree.training.model import build, model_channels, sizes
 from normfree.training.recipe import Recipe
 from normfree.training.transforms import testing_transform
@@ -28,63 +29,91 @@ class Accuracy:
     top5: float
 
 
+def accumulator(size: int, device: torch.device) -> Tensor:
+    """Zeros to sum up in, float64 where the device has it."""
+    return torch.zeros(size, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
 def totals(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Sums over a batch, float64, (4,): weight, cross-entropy, right first guesses, right ones among five."""
+    """Sums over a batch, (4,): weight, cross-entropy, right first guesses, right ones among five."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-    losses = F.cross_entropy(logits.double(), labels, reduction="none")
-    rows = torch.stack([torch.ones_like(losses), losses, best[:, 0].double(), best.any(1).double()])
-    return (rows * weights.double()).sum(1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    rows = torch.stack([torch.ones_like(losses), losses, best[:, 0].to(losses), best.any(1).to(losses)])
+    return (rows * weights.to(losses)).sum(1)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], accelerator: Any, dtype: torch.dtype) -> Accuracy:
-    """The network, in eval mode, on all processes' batches together; its mode is restored."""
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], accelerator: Any, dtype: torch.dtype
+) -> tuple[Accuracy, list[str]]:
+    """The network, in eval mode, on all processes' batches together, and what this process could not read.
+
+    Its mode is restored. Buffers are first made those of the first process.
+    """
+    from accelerate.utils import broadcast
+
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer))
     training = model.training
     model.eval()
-    total = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    total = accumulator(4, accelerator.device)
+    unreadable: list[str] = []
     try:
         for batch in batches:
             images, labels, weights = (t.to(accelerator.device) for t in batch[:3])
             with accelerator.autocast():
                 logits = model(images.to(dtype))
             total += totals(logits, labels, weights)
+            unreadable += batch.unreadable
     finally:
         model.train(training)
     count, loss, first, five = accelerator.reduce(total, "sum").tolist()
-    return Accuracy(round(count), loss / max(count, 1), 100 * first / max(count, 1), 100 * five / max(count, 1))
+    read = max(count, 1)
+    return Accuracy(round(count), loss / read, 100 * first / read, 100 * five / read), unreadable
 
 
-def evaluate_run(run: str | Path, *, data: str | None = None, weights: str | Path | None = None) -> Accuracy:
+def evaluate_run(
+    run: str | Path, *, data: str | None = None, weights: str | Path | None = None, model: str | None = None
+) -> Accuracy:
     """Test the network of a run's folder on the run's data, or on `data`.
 
-    The weights are `weights`, or the averaged ones where there are any, or the last. Raises ValueError for a folder
-    without a config.json and for data with other classes, FileNotFoundError where there are no weights, and
-    TrainingError for weights that do not fit.
+    The weights are `weights`, or the averaged ones where there are any, or the last. A network that is made by a
+    function (package.module:factory) is only made if `model` says the same: the folder may be somebody else's.
+
+    Raises ValueError for a folder without a config.json, for data with other classes and for such a network;
+    FileNotFoundError where there are no weights, and TrainingError for weights that do not fit.
     """
-    from accelerate import Accelerator
+    from normfree.training.setup import accelerated, testing_order
 
     run = Path(run)
     recipe = Recipe.from_json(run / "config.json")
+    if ":" in recipe.model and not recipe.model.startswith(("timm:", "torchvision:")) and model != recipe.model:
+        raise ValueError(f"{run} would import and call {recipe.model}: name it as the model too, if you trust it")
     known = datasets.load(recipe.data)
     tested = known if data is None else datasets.load(data)
-    if tested.classes != known.classes:
-        raise ValueError(f"{data} has {tested.classes} classes, the network {known.classes}")
-    model = build(recipe, known)
+    if (tested.classes, tested.names) != (known.classes, known.names):
+        raise ValueError(f"{data} has other classes than {recipe.data}, which the network knows")
+    network = build(recipe, known)
     if weights is None:
         found = [run / name for name in ("model_ema.safetensors", "model.safetensors")]
         weights = next((path for path in found if path.exists()), None)
         if weights is None:
             raise FileNotFoundError(f"{run} holds no model.safetensors: its training has not ended (name `weights`)")
+    dtype = torch.float64 if recipe.precision == "double" else torch.float32
+    network.to(dtype)
     try:
-        load_model(model, str(weights))
+        load_model(network, str(weights))
     except Exception as error:  # safetensors has an error of its own
         raise TrainingError(f"{weights} does not fit {recipe.model}: {error}") from error
-    accelerator: Any = Accelerator()
-    order = Order(len(tested.test), recipe.batch, accelerator.num_processes, recipe.seed, shuffle=False)
-    transform = testing_transform(tested, sizes(recipe, model)[1], model_channels(model, known))
-    batches = loader(
-        Examples(tested.test, transform, recipe.seed, training=False),
-        Parts(order, accelerator.process_index, accelerator.num_processes),
-        workers=recipe.workers, pin=False,
-    )  # fmt: skip
-    return evaluate(model.to(accelerator.device), batches, accelerator, torch.float32)
+    with accelerated(replace(recipe, log=()), run) as accelerator:
+        order = testing_order(recipe, tested, accelerator.num_processes)
+        size, channels = sizes(recipe, network)[1], model_channels(network, known)
+        examples = Examples(tested.test, testing_transform(tested, size, channels), recipe.seed, training=False)
+        parts = Parts(order, accelerator.process_index, accelerator.num_processes)
+        batches = loader(examples, parts, workers=recipe.workers, pin=False)
+        accuracy, unreadable = evaluate(network.to(accelerator.device), batches, accelerator, dtype)
+    for name in dict.fromkeys(unreadable):
+        warnings.warn(f"cannot read {name}", stacklevel=2)
+    return accuracy

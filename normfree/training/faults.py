@@ -1,20 +1,27 @@
 """Where a signal that is not finite began."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-def locate(model: nn.Module, loss: Callable[[], Tensor]) -> str:
+class Place(NamedTuple):
+    """Where it began: in words, and how little that says (0: a certain place)."""
+
+    vague: int
+    words: str
+
+
+def locate(model: nn.Module, loss: Callable[[], Tensor]) -> Place:
     """What is first not finite, in words: a parameter, the output of a layer, the gradient at one, or of a parameter.
 
     `loss` runs the model again; parameters and their gradients are not changed.
     """
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            return f"the parameter {name}"
+            return Place(0, f"the parameter {name}")
     gradients: dict[str, Tensor] = {}
     forward: list[str] = []
     backward: list[str] = []
@@ -42,13 +49,14 @@ def locate(model: nn.Module, loss: Callable[[], Tensor]) -> str:
         for handle in handles:
             handle.remove()
     if forward:
-        return f"the output of {forward[0]} ({type(model.get_submodule(forward[0])).__name__})"
+        return Place(0, f"the output of {forward[0]} ({type(model.get_submodule(forward[0])).__name__})")
     if not bool(torch.isfinite(value)):
-        return "the loss, of outputs that are finite"
+        return Place(1, "the loss, of outputs that are finite")
     if backward:
-        return f"the gradient at the output of {backward[0]} ({type(model.get_submodule(backward[0])).__name__})"
+        kind = type(model.get_submodule(backward[0])).__name__
+        return Place(0, f"the gradient at the output of {backward[0]} ({kind})")
     for name, gradient in gradients.items():
         if not bool(torch.isfinite(gradient).all()):
-            return f"the gradient of {name}"
+            return Place(0, f"the gradient of {name}")
     largest = max(gradients, key=lambda name: float(gradients[name].abs().max()))
-    return f"the norm of the gradients, which are themselves finite; the largest is that of {largest}"
+    return Place(2, f"the norm of the gradients, each finite by itself; the largest is that of {largest}")

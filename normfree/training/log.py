@@ -1,14 +1,17 @@
 """What a training says of itself: metrics.csv, trackers, and a line or a bar on the screen."""
 
+import contextlib
 import csv
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from normfree.errors import TrainingError
 
 COLUMNS = ("step", "epoch", "kind", "loss", "top1", "top5", "lr", "gradient_norm", "images_per_second")
 """Of metrics.csv; kind is train, eval or eval_ema."""
@@ -22,40 +25,56 @@ class Table:
         self.columns = tuple(columns)
         self.file: TextIO | None = None
 
-    def cut_back(self, step: int) -> list[dict[str, str]]:
-        """Keep the rows up to `step`, whole lines only, and go on after them; they are returned."""
+    def cut_back(
+        self, step: int, including: Callable[[Mapping[str, str]], bool] = lambda row: True
+    ) -> list[dict[str, str]]:
+        """Keep the rows before `step` and those at it that are `including`, whole lines only, and go on after them.
+
+        They are returned. Raises TrainingError where the file cannot be written.
+        """
         kept = []
         if self.path.exists():
             for row in csv.DictReader(self.path.read_text().splitlines()):
-                if None not in row.values() and int(row["step"]) <= step:
+                whole = None not in row.values()
+                if whole and (int(row["step"]) < step or (int(row["step"]) == step and including(row))):
                     kept.append(row)
         temporary = self.path.with_name(self.path.name + ".new")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        temporary.replace(self.path)
-        self.file = self.path.open("a", newline="")
+        with self._explained():
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept)
+            temporary.replace(self.path)
+            self.file = self.path.open("a", newline="")
         return kept
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error}") from error
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append rows and bring them to the disk, so that they outlive this process."""
         assert self.file is not None
-        csv.DictWriter(self.file, self.columns, lineterminator="\n").writerows(rows)
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with self._explained():
+            csv.DictWriter(self.file, self.columns, lineterminator="\n").writerows(rows)
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Nothing is added after this."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of a full disk, which was told when the row was added
+                self.file.close()
             self.file = None
 
 
 class Screen:
     """A live bar on a terminal; plain lines elsewhere, one for each row that is logged."""
 
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
+    def __init__(self, total: int, quiet: bool) -> None:
         self.console = Console(stderr=True)
         self.quiet = quiet
         self.live = self.console.is_terminal and not quiet
@@ -64,7 +83,7 @@ class Screen:
             TextColumn("{task.fields[words]}"),
         )  # fmt: skip
         self.progress = Progress(*columns, console=self.console, transient=True, disable=not self.live)
-        self.task = self.progress.add_task("training", total=total, completed=done, words="")
+        self.task = self.progress.add_task("training", total=total, words="")
 
     def __enter__(self) -> "Screen":
         self.progress.start()

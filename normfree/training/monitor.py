@@ -54,10 +54,12 @@ class SignalMonitor:
         self.every = every
         self.log = log
         self.step = 0  # forward passes in training mode so far; a loop may set it before each of its steps
+        self.loss_scale = 1.0  # what the loop multiplies its loss by, as mixed precision does
         self.rows: list[dict[str, Any]] = []
         self.table = None if path is None else Table(Path(path), COLUMNS)
         self._reader: Reader | None = None
         self._measured = -1
+        self._scale = 1.0
 
     def __enter__(self) -> "SignalMonitor":
         if self.table is not None:
@@ -72,7 +74,7 @@ class SignalMonitor:
             step, self.step = self.step, self.step + 1
             if step % self.every or step == self._measured:
                 return inner(*args, **kwargs)
-            self._measured = step
+            self._measured, self._scale = step, self.loss_scale
             tape = Tape()
             reader = Reader(self.model, tape)
             out = tape.record(
@@ -103,15 +105,20 @@ class SignalMonitor:
             return
         records = self._reader.records()
         step, self._reader = self._measured, None
+        numbers = [_numbers(record, self._scale) for record in records]
         rows = [
-            {"step": step, "depth": depth, "name": record.name, "stage": record.stage} | _numbers(record)
-            for depth, record in enumerate(records)
+            {"step": step, "depth": depth, "name": record.name, "stage": record.stage} | found
+            for depth, (record, found) in enumerate(zip(records, numbers, strict=True))
         ]
         self.rows += rows
         if self.table is not None:
             self.table.add(*rows)
         if self.log is not None:
-            named = {f"signal/{r.name}/{name}": value for r in records for name, value in _numbers(r).items()}
+            named = {
+                f"signal/{record.name}/{name}": value
+                for record, found in zip(records, numbers, strict=True)
+                for name, value in found.items()
+            }
             self.log(named, step)
 
     def draw(self, path: str | Path) -> Path:
@@ -122,8 +129,9 @@ class SignalMonitor:
         return draw_signal(self.rows, Path(path))
 
 
-def _numbers(record: SignalRecord) -> dict[str, float]:
-    return {name: value for name in _STATISTICS if (value := getattr(record, name)) is not None}
+def _numbers(record: SignalRecord, loss_scale: float) -> dict[str, float]:
+    found = {name: value for name in _STATISTICS if (value := getattr(record, name)) is not None}
+    return {name: value / loss_scale**2 if name.startswith("gradient") else value for name, value in found.items()}
 
 
 def _parsed(row: Mapping[str, str]) -> dict[str, Any]:

@@ -4,9 +4,13 @@ import dataclasses
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from normfree.errors import suggest
+
+Precision = Literal["no", "bf16", "fp16", "double"]
+OnNonfinite = Literal["stop", "skip"]
+_PRECISIONS, _ON_NONFINITE = get_args(Precision), get_args(OnNonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class Recipe:
     ema: float = 0.0  # decay of an exponential moving average of the parameters; 0: none
     clip_adaptive: float = 0.0  # adaptive gradient clipping (as NFNets'), without the classifier; 0: none
     clip_norm: float = 0.0  # global gradient norm; 0: not clipped
-    precision: Literal["no", "bf16", "fp16", "double"] = "no"  # mixed precision, or float64 throughout
+    precision: Precision = "no"  # mixed precision, or float64 throughout
     channels_last: bool = False
     seed: int = 0
     workers: int = 2  # processes that load images
@@ -47,7 +51,7 @@ class Recipe:
     log_every: int = 10  # optimizer steps
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.csv
     signal_every: int = 0  # optimizer steps between measurements of the signal; 0: none
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does
+    on_nonfinite: OnNonfinite = "stop"  # what a loss or gradient that is not finite does
     max_unreadable: int = 100  # images that cannot be read before the training stops
 
     def __post_init__(self) -> None:
@@ -55,6 +59,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value >= least:  # nor NaN
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name, choices in {"precision": _PRECISIONS, "on_nonfinite": _ON_NONFINITE}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if not 0 <= self.ema < 1:
@@ -99,7 +106,10 @@ _LEAST = {
 }  # fmt: skip
 
 # May differ when a run is taken up again: nothing of the result depends on them.
-UNBOUND = ("workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every")
+UNBOUND = (
+    "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
+    "on_nonfinite", "max_unreadable",
+)  # fmt: skip
 
 
 def _unknown(values: Any, names: set[str]) -> str:

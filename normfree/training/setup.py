@@ -1,6 +1,8 @@
 """Everything that a recipe's training needs before its first step."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 
 from normfree.training import data as datasets
 from normfree.training.batches import Examples, Order, Parts, collate, loader
+from normfree.training.data import Data
 from normfree.training.mixing import Mixing
 from normfree.training.model import build, model_channels, sizes, weight_decay
 from normfree.training.recipe import Recipe
@@ -17,10 +20,10 @@ from normfree.training.transforms import testing_transform, training_transform
 class Setup:
     """Data, network, optimizer and schedule of a recipe, prepared for this process."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, accelerator: Any) -> None:
         self.recipe = recipe
         self.dtype = torch.float64 if recipe.precision == "double" else torch.float32
-        self.accelerator = _accelerator(recipe, out)
+        self.accelerator = accelerator
         self.data = datasets.load(recipe.data)
         torch.manual_seed(recipe.seed)
         self.model = build(recipe, self.data).to(self.dtype)
@@ -38,9 +41,7 @@ class Setup:
         train_size, test_size = sizes(recipe, self.model)
         channels = model_channels(self.model, self.data)
         self.parts = Parts(self.order, accelerator.process_index, accelerator.num_processes)
-        test_order = Order(
-            len(self.data.test), recipe.batch, accelerator.num_processes, recipe.seed, shuffle=False
-        )  # fmt: skip
+        test_order = testing_order(recipe, self.data, accelerator.num_processes)
         mixing = Mixing(recipe.mixup, recipe.cutmix, self.data.classes, recipe.seed) if self.order.even else collate
         settings: dict[str, Any] = {"workers": recipe.workers, "pin": accelerator.device.type == "cuda"}
         transform = training_transform(recipe, self.data, train_size, channels)
@@ -80,18 +81,38 @@ class Setup:
         self.clipped = [p for p in self.model.parameters() if id(p) not in excluded]
 
 
-def _accelerator(recipe: Recipe, out: Path) -> Any:
+def testing_order(recipe: Recipe, data: Data, processes: int) -> Order:
+    """The test set in order, in batches no larger than those of training, and of 256 images a process at most."""
+    batch = min(max(recipe.batch // recipe.accumulate, processes), 256 * processes)
+    return Order(len(data.test), batch, processes, recipe.seed, shuffle=False)
+
+
+@contextlib.contextmanager
+def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
+    """accelerate's Accelerator as the recipe asks for it; afterwards its state is as it was.
+
+    Raises ImportError for a tracker that is not installed.
+    """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.tracking import get_available_trackers
 
     missing = set(recipe.log) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     if missing:
         raise ImportError(f"log needs {', '.join(sorted(missing))}: pip install {' '.join(sorted(missing))}")
-    precision = recipe.precision if recipe.precision in ("bf16", "fp16") else "no"
+    ours = not PartialState._shared_state
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=list(recipe.log) or None, project_dir=str(out),
+        mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
+        log_with=list(recipe.log) or None,
+        project_dir=str(out),
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
-    )  # fmt: skip
-    if recipe.log:
-        accelerator.init_trackers("normfree", config={k: str(v) for k, v in dataclasses.asdict(recipe).items()})
-    return accelerator
+    )
+    try:
+        if recipe.log:
+            described = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
+            accelerator.init_trackers("normfree", config=described)
+        yield accelerator
+    finally:
+        if ours:
+            accelerator.end_training()
+            AcceleratorState._reset_state(reset_partial_state=True)

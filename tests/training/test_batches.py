@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from normfree.errors import TrainingError
 from normfree.training.batches import Examples, Order, Parts, collate, loader, seeded
 from normfree.training.mixing import Mixing
 
@@ -135,6 +136,6 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_testing():
         batch = collate([examples[key] for key in keys])
         assert batch.images.flatten().tolist() == [0, 1, 4, 4, 4, 5]
         assert batch.weights.tolist() == [1, 1, weight, weight, 1, 1]
-        assert batch.unreadable == ("2.png (truncated)", "3.png (truncated)")
-    with pytest.raises(ValueError, match="none of the 2 images"):
+        assert batch.unreadable == ("2.png (OSError)", "3.png (OSError)")
+    with pytest.raises(TrainingError, match="none of 2 images in a row"):
         Examples(Noisy(2, (0, 1)), random_transform, 0, training=True)[keys[0]]

@@ -48,7 +48,7 @@ def test_the_newest_and_the_best_are_kept(checkpoints):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed writing file")])
 def test_a_full_disk_leaves_the_last_good_one(checkpoints, error):
     checkpoints.save(Process(), Position(step=1), None)
-    with pytest.raises(TrainingError, match=r"cannot write a checkpoint.*the last good one is .*step_00000001"):
+    with pytest.raises(TrainingError, match=r"cannot write a checkpoint.*the last good checkpoint is .*step_00000001"):
         checkpoints.save(Process(error), Position(step=2), None)
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step_00000001"]
     assert damage(checkpoints.folder / "step_00000001") is None
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints, error):
 
 def test_no_permission(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(TrainingError, match="there is none yet"):
+    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
         Checkpoints(tmp_path / "checkpoints", 2).save(Process(), Position(), None)
 
 
@@ -77,6 +77,18 @@ def test_damage_is_named_and_the_one_before_is_taken(checkpoints, harm, words):
     newest, (problem,) = checkpoints.newest()
     assert newest.name == "step_00000001"
     assert words in problem
+
+
+def test_a_damaged_newer_one_does_not_push_out_a_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(Process(), Position(step=20), None)
+    (checkpoints.folder / "step_00000020" / "model.safetensors").unlink()
+    checkpoints.save(Process(), Position(step=15), None)
+    newest, _ = checkpoints.newest()
+    assert newest.name == "step_00000015"
+    checkpoints.save(Process(), Position(step=20), None)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000020"]
+    assert damage(checkpoints.folder / "step_00000020") is None
 
 
 def test_a_run_goes_on_from_the_last_whole_one_and_ends_the_same(tmp_path):

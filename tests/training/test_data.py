@@ -1,6 +1,7 @@
 """Data sets, made by the tests themselves or shipped with packages."""
 
 import gzip
+import shutil
 import struct
 import zipfile
 
@@ -84,6 +85,15 @@ def test_folders_of_classes_are_timm_s(tmp_path):
     assert (len(data.train), len(data.test), data.classes) == (6, 4, 2)
     assert data.train[3][1] == 1
     assert data.train.name(3).endswith("0.png")
+    assert data.names == ("cat", "dog")
+    shutil.rmtree(tmp_path / "val" / "cat")  # a class without test images moves no other's number
+    only_dogs = load(f"imagefolder:{tmp_path}").test
+    assert {only_dogs[i][1] for i in range(len(only_dogs))} == {1}
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "train").rename(tmp_path / "all")
+    with pytest.raises(ValueError, match="no folders train and val"):
+        load(f"imagefolder:{tmp_path}")
+    (tmp_path / "all").rename(tmp_path / "train")
     (tmp_path / "train" / "dog" / "0.png").write_bytes(b"")
     with pytest.raises(OSError, match="identify"):
         data.train[3]

@@ -91,13 +91,16 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_writes_a_checkpoint_and_ends_well(number, tmp_path):
+    """Asked with all of its processes, those that load images too, as schedulers and terminals ask."""
     out = tmp_path / "run"
-    long = dataclasses.replace(TINY, epochs=500, log_every=1)
-    process = subprocess.Popen(command(long, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    long = dataclasses.replace(TINY, epochs=500, log_every=1, workers=1)
+    process = subprocess.Popen(
+        command(long, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (out / "metrics.csv").exists() or len(rows(out)) < 3:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     printed, told = process.communicate(timeout=60)
     assert process.returncode == 0, told
     assert "--resume auto goes on" in printed
@@ -175,16 +178,16 @@ def test_a_loss_that_is_not_finite_names_the_step_the_layer_and_the_checkpoint(t
 def test_where_it_first_went_wrong():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
     x = torch.tensor([[1.0, float("inf")]])
-    assert locate(model, lambda: model(x).sum()) == "the output of 0 (Linear)"
+    assert locate(model, lambda: model(x).sum()) == (0, "the output of 0 (Linear)")
     ones = torch.ones(1, 2)
     with torch.no_grad():
         model[2].bias.fill_(4.0)
         model[2].weight.zero_()
-    assert "the gradient at the output of 2" in locate(model, lambda: (model(ones) - 4).abs().sqrt().sum())
-    assert locate(model, lambda: model(ones).sum() / 0) == "the loss, of outputs that are finite"
+    assert "the gradient at the output of 2" in locate(model, lambda: (model(ones) - 4).abs().sqrt().sum()).words
+    assert locate(model, lambda: model(ones).sum() / 0).words == "the loss, of outputs that are finite"
     with torch.no_grad():
         model[0].bias[0] = float("nan")
-    assert locate(model, lambda: model(ones).sum()) == "the parameter 0.bias"
+    assert locate(model, lambda: model(ones).sum()).words == "the parameter 0.bias"
 
 
 class Broken(Arrays):
@@ -202,7 +205,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, monkeypatch, capsys):
     assert result.finished
     told = capsys.readouterr().err
     assert told.count("cannot read") == 15
-    assert "image 101 (truncated)" in told
+    assert "image 101 (OSError)" in told
     with pytest.raises(TrainingError, match="more than max_unreadable=3"):
         train(dataclasses.replace(TINY, max_unreadable=3), tmp_path / "limit", quiet=True)
 
@@ -214,7 +217,12 @@ def test_what_does_not_go_on(tmp_path, monkeypatch):
         train(TINY, out, quiet=True)
     with pytest.raises(ValueError, match=r"lr is 0\.2, was 0\.8"):
         train(dataclasses.replace(TINY, lr=0.2), out, resume="auto", quiet=True)
-    assert train(dataclasses.replace(TINY, log_every=2), out, resume="auto", quiet=True).accuracy is not None
+    others = dataclasses.replace(TINY, log_every=2, accumulate=2, on_nonfinite="skip", max_unreadable=1)
+    assert train(others, out, resume="auto", quiet=True).accuracy is not None
+    (out / "config.json").rename(out / "elsewhere.json")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        train(TINY, out, resume="auto", quiet=True)
+    (out / "elsewhere.json").rename(out / "config.json")
     whole = data_module.load("digits")
     smaller = Arrays(whole.train.images[:-5], whole.train.labels[:-5])
     monkeypatch.setattr(data_module, "load", lambda spec: Data(smaller, whole.test, 10, whole.mean, whole.std))
@@ -233,6 +241,25 @@ def test_other_people_s_models(model, tmp_path):
         precision="bf16", clip_adaptive=0.01,
     )  # fmt: skip
     assert train(recipe, tmp_path / "run", quiet=True).finished
+
+
+def test_one_precision_after_another(tmp_path):
+    for precision in ("bf16", "no", "double"):
+        out = tmp_path / precision
+        train(dataclasses.replace(TINY, precision=precision, batch=720), out, quiet=True)
+        assert evaluate_run(out).examples == 359
+
+
+def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from normfree import create_model\n\n"
+        "def net():\n    return create_model('nf_resnet26', width=0.25, num_classes=10, in_channels=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    train(dataclasses.replace(TINY, model="mine:net", model_args=(), batch=720), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="would import and call mine:net"):
+        evaluate_run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", model="mine:net").examples == 359
 
 
 def test_models_that_cannot_be_built(tmp_path):

@@ -42,6 +42,7 @@ def test_a_file_that_is_no_recipe(text, tmp_path):
     [
         ("epochs", 0), ("batch", 0), ("lr", float("nan")), ("lr", -1.0), ("label_smoothing", 1.0), ("ema", 1.0),
         ("crop_scale", 0.0), ("model_args", ("width",)), ("accumulate", 0), ("keep", 0),
+        ("precision", "float64"), ("on_nonfinite", "ignore"),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(field, value):

@@ -1,0 +1,127 @@
+"""One optimizer step: its parts forward and backward, one reduction over the processes, one update."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfree.training.batches import Batch
+from normfree.training.evaluation import accumulator, totals
+from normfree.training.monitor import SignalMonitor
+from normfree.training.setup import Setup
+
+# A loss scale is found by trying: so many steps in a row may overflow.
+_OVERFLOWS = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a step, over all processes."""
+
+    loss: float
+    top1: float | None  # percent; None where labels are mixed
+    top5: float | None
+    gradient_norm: float
+    finite: bool  # else nothing was updated
+    asked: bool  # whether a process was asked to stop
+    unreadable: int  # images that could not be read for the first time
+
+
+class Step:
+    """Takes the steps of a training."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.overflows = 0
+
+    def __call__(
+        self, number: int, batches: Sequence[Batch], count: int, *, asked: bool, unreadable: int,
+        monitor: SignalMonitor | None,
+    ) -> Outcome:  # fmt: skip
+        """The step after `number` others, on this process's parts of a batch of `count` examples."""
+        setup, accelerator = self.setup, self.setup.accelerator
+        setup.schedule.step_update(number)
+        sums = accumulator(6, accelerator.device)
+        mixed = batches[0].targets.ndim > 1
+        for position, batch in enumerate(batches):
+            last = position + 1 == len(batches)
+            with contextlib.nullcontext() if last else accelerator.no_sync(setup.wrapped):
+                if monitor is not None:
+                    monitor.step = number
+                    monitor.loss_scale = self._loss_scale()
+                logits, targets, weights = self._forward(setup.wrapped, batch)
+                loss = self._loss(logits, targets, weights, count)
+                # Processes' gradients are averaged, and the loss is a sum over all of them.
+                accelerator.backward(loss * accelerator.num_processes)
+            with torch.no_grad():
+                sums[0] += loss * count
+                if not mixed:
+                    sums[1:3] += totals(logits.detach(), targets, weights)[2:4]
+        sums[3], sums[4] = float(asked), float(unreadable)
+        if monitor is not None:
+            monitor.collect()
+        accelerator.unscale_gradients()
+        gradients = [p.grad for p in setup.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        sums = accelerator.reduce(sums, "sum")
+        sums[5] = norm
+        loss_sum, first, five, stops, new, norm_value = sums.tolist()
+        finite = self._update(number, loss_sum, norm)
+        return Outcome(
+            loss_sum / count, None if mixed else 100 * first / count, None if mixed else 100 * five / count, norm_value,
+            finite, stops > 0, round(new),
+        )  # fmt: skip
+
+    def part_loss(self, batch: Batch, count: int) -> Tensor:
+        """What a part adds to the loss, of the network as this process has it."""
+        return self._loss(*self._forward(self.setup.model, batch), count)
+
+    def _forward(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, targets and weights."""
+        setup, device = self.setup, self.setup.accelerator.device
+        images = batch.images.to(device, setup.dtype, non_blocking=True)
+        if setup.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with setup.accelerator.autocast():
+            logits = model(images)
+        return logits, batch.targets.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
+
+    def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor, count: int) -> Tensor:
+        """A part's share of the mean over the whole step's examples."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = targets.to(logits.dtype) if targets.ndim > 1 else targets
+        smoothing = self.setup.recipe.label_smoothing
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        return (losses * weights.to(losses.dtype)).sum() / count
+
+    def _loss_scale(self) -> float:
+        scaler = self.setup.accelerator.scaler
+        return self.setup.accelerator.num_processes * (1.0 if scaler is None else scaler.get_scale())
+
+    def _update(self, number: int, loss: float, norm: Tensor) -> bool:
+        """Clip and step, if everything is finite; whether it was, or is at least no fault."""
+        setup = self.setup
+        finite = math.isfinite(loss) and math.isfinite(norm.item())
+        self.overflows = 0 if finite else self.overflows + 1
+        scaled = setup.accelerator.scaler is not None and math.isfinite(loss) and self.overflows <= _OVERFLOWS
+        if finite:
+            self._clip(norm)
+        if finite or scaled:
+            setup.optimizer.step()  # without effect, but on the loss scale, where a scaled gradient overflows
+        if finite and setup.ema is not None:
+            setup.ema.update(setup.model, step=number)
+        setup.optimizer.zero_grad()
+        return finite or scaled
+
+    def _clip(self, norm: Tensor) -> None:
+        recipe = self.setup.recipe
+        if recipe.clip_adaptive:
+            from timm.utils import adaptive_clip_grad
+
+            adaptive_clip_grad(self.setup.clipped, recipe.clip_adaptive)
+        elif recipe.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(self.setup.model.parameters()), recipe.clip_norm, norm)
