@@ -184,7 +184,8 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
     for name, file in files:
         try:
             with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
-                image = opened.convert("RGB")
+                # Palettes with transparent colours warn unless they are converted by way of RGBA.
+                image = (opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB")
         except (OSError, ValueError, SyntaxError):
             continue
         if min(image.size) < 32:

@@ -16,6 +16,7 @@ from normfree.training import data as datasets
 from normfree.training.batches import Batch, Examples, Parts, loader
 from normfree.training.model import build, model_channels, sizes
 from normfree.training.recipe import Recipe
+from normfree.training.setup import accelerated, testing_order
 from normfree.training.transforms import testing_transform
 
 
@@ -85,8 +86,6 @@ def evaluate_run(
     Raises ValueError for a folder without a config.json, for data with other classes and for such a network;
     FileNotFoundError where there are no weights, and TrainingError for weights that do not fit.
     """
-    from normfree.training.setup import accelerated, testing_order
-
     run = Path(run)
     recipe = Recipe.from_json(run / "config.json")
     if ":" in recipe.model and not recipe.model.startswith(("timm:", "torchvision:")) and model != recipe.model:

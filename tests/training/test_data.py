@@ -55,6 +55,9 @@ def test_instances(archive, tmp_path):
     Image.new("RGB", (64, 64), "red").save(folder / "flat.png")
     picture(9, (16, 16)).save(folder / "tiny.png")
     (folder / "broken.png").write_bytes(b"no image")
+    palette = picture(4).convert("P")
+    palette.info["transparency"] = bytes(range(256))
+    palette.save(folder / "4.png")
     path = tmp_path / "photos"
     if archive:
         path = tmp_path / "photos.zip"
