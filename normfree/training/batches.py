@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,6 +106,13 @@ class Order:
     seed: int
     shuffle: bool = True
     even: bool = False  # parts of even size, so that mixed pairs stay together
+    labels: Sequence[int] | None = None  # if given, batches are made of parts of one class each
+    dealt: bool = False  # those batches, dealt out: every part has an example of every other part's class
+    _kept: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.batch % self.parts:
+            raise ValueError(f"batch is {self.batch}; parts of one class need it to be a multiple of {self.parts}")
 
     @property
     def steps(self) -> int:
@@ -114,28 +121,42 @@ class Order:
 
     def step(self, epoch: int, step: int) -> list[Key]:
         """The examples of one step, a whole number of equal parts, filled up with examples of weight 0."""
-        order = _permutation(self.examples, self.seed, epoch) if self.shuffle else np.arange(self.examples)
-        chosen = order[step * self.batch : (step + 1) * self.batch]
+        chosen = self._order(epoch)[step * self.batch : (step + 1) * self.batch]
+        if self.dealt and len(chosen) == self.batch:
+            chosen = chosen.reshape(self.parts, -1).T.ravel()
         size = -(-len(chosen) // self.parts)
         size += size % 2 if self.even else 0
         filled = np.resize(chosen, size * self.parts)
         return [Key(epoch, int(index), float(position < len(chosen))) for position, index in enumerate(filled)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Kept for the epoch, since every step asks for it."""
+        if self._kept is None or self._kept[0] != epoch:
+            order = np.arange(self.examples)
+            if self.shuffle:
+                np.random.default_rng((self.seed, epoch)).shuffle(order)
+            if self.labels is not None:
+                order = _grouped(order, self.labels, self.batch // self.parts)
+            object.__setattr__(self, "_kept", (epoch, order))
+        assert self._kept is not None
+        return self._kept[1]
 
     def count(self, step: int) -> int:
         """Real examples of a step."""
         return min(self.batch, self.examples - step * self.batch)
 
 
-_last_permutation: tuple[tuple[int, int, int], np.ndarray] | None = None
-
-
-def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Kept for the epoch, since every step asks for it."""
-    global _last_permutation
-    key = (examples, seed, epoch)
-    if _last_permutation is None or _last_permutation[0] != key:
-        _last_permutation = key, np.random.default_rng((seed, epoch)).permutation(examples)
-    return _last_permutation[1]
+def _grouped(order: np.ndarray, labels: Sequence[int], size: int) -> np.ndarray:
+    """Groups of `size` of one class each, in the order in which they become full; what is left over at the end."""
+    waiting: dict[int, list[int]] = {}
+    groups: list[int] = []
+    for index in order.tolist():
+        group = waiting.setdefault(labels[index], [])
+        group.append(index)
+        if len(group) == size:
+            groups += group
+            group.clear()
+    return np.array(groups + [index for group in waiting.values() for index in group])
 
 
 class Parts:

@@ -23,6 +23,11 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Images(Protocol):
     """A sequence of (image, label), and what to call each of them in an error."""
 
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of every image."""
+        ...
+
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
     def name(self, index: int) -> str:
@@ -133,6 +138,11 @@ class Instances:
         self.names = names
         self.parts = parts
 
+    @property
+    def labels(self) -> Sequence[int]:
+        """The number of the image that each is a part of."""
+        return list(range(len(self.images))) * len(self.parts)
+
     def __len__(self) -> int:
         return len(self.images) * len(self.parts)
 
@@ -217,6 +227,14 @@ class OfTimm:
         # timm's own replaces what it cannot read without a word: its reader does not.
         self.reader = getattr(dataset, "reader", None)
 
+    @property
+    def labels(self) -> Sequence[int]:
+        """Without reading the images, where the data set knows them."""
+        known = getattr(self.dataset, "targets", None)
+        if known is None and self.reader is not None and hasattr(self.reader, "samples"):
+            known = [label for _, label in self.reader.samples]
+        return [int(label) for label in known] if known is not None else [self[i][1] for i in range(len(self))]
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -252,5 +270,5 @@ def _of_timm(name: str, path: str) -> Data:
     if roots[0] is not None and roots[0] == roots[1]:
         raise ValueError(f"{path} has no folders train and val: it would be tested on what it trains on")
     labels = names or getattr(train.dataset, "classes", None)
-    classes = len(labels) if labels else 1 + max(train[i][1] for i in range(len(train)))
+    classes = len(labels) if labels else 1 + max(train.labels)
     return Data(train, test, classes, *_IMAGENET, tuple(map(str, labels or ())))

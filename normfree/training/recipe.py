@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from normfree.errors import suggest
 
 Precision = Literal["no", "bf16", "fp16", "double"]
+Cut = Literal["shuffled", "by_class", "dealt"]
 OnNonfinite = Literal["stop", "skip"]
-_PRECISIONS, _ON_NONFINITE = get_args(Precision), get_args(OnNonfinite)
+_CHOICES = {"precision": get_args(Precision), "cut": get_args(Cut), "on_nonfinite": get_args(OnNonfinite)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Recipe:
     epochs: int = 90
     batch: int = 256  # of one optimizer step, over all processes and accumulated parts
     accumulate: int = 1  # parts that each process's share of a batch is cut into
+    cut: Cut = "shuffled"  # "by_class": parts of one class each (sorted shards); "dealt": the same batches, parts mixed
     optimizer: str = "sgd"  # of timm; "sgd" is Nesterov's
     momentum: float = 0.9
     lr: float = 0.1  # peak learning rate at a batch of 256; it is scaled linearly with the batch
@@ -59,7 +61,7 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value >= least:  # nor NaN
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        for name, choices in {"precision": _PRECISIONS, "on_nonfinite": _ON_NONFINITE}.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if not 0 <= self.label_smoothing < 1:

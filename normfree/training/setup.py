@@ -31,7 +31,8 @@ class Setup:
             self.model.to(memory_format=torch.channels_last)
         self.order = Order(
             len(self.data.train), recipe.batch, self.accelerator.num_processes * recipe.accumulate, recipe.seed,
-            even=bool(recipe.mixup or recipe.cutmix),
+            even=bool(recipe.mixup or recipe.cutmix), dealt=recipe.cut == "dealt",
+            labels=None if recipe.cut == "shuffled" else self.data.train.labels,
         )  # fmt: skip
         self._load_data()
         self._prepare()

@@ -107,15 +107,15 @@ class Step:
         setup = self.setup
         finite = math.isfinite(loss) and math.isfinite(norm.item())
         self.overflows = 0 if finite else self.overflows + 1
-        scaled = setup.accelerator.scaler is not None and math.isfinite(loss) and self.overflows <= _OVERFLOWS
+        scaler = setup.accelerator.scaler
         if finite:
             self._clip(norm)
-        if finite or scaled:
+        if finite or scaler is not None:
             setup.optimizer.step()  # without effect, but on the loss scale, where a scaled gradient overflows
         if finite and setup.ema is not None:
             setup.ema.update(setup.model, step=number)
         setup.optimizer.zero_grad()
-        return finite or scaled
+        return finite or (scaler is not None and math.isfinite(loss) and self.overflows <= _OVERFLOWS)
 
     def _clip(self, norm: Tensor) -> None:
         recipe = self.setup.recipe

@@ -70,6 +70,23 @@ def test_every_example_once(examples, batch, processes, accumulate, shuffle, eve
     assert sum(order.count(step) for step in range(order.steps)) == examples
 
 
+@pytest.mark.parametrize("dealt", [False, True])
+def test_parts_of_one_class_and_the_same_batches_dealt_out(dealt):
+    labels = [i * 7 % 5 for i in range(203)]
+    order, other = (Order(203, 24, 4, seed=1, labels=labels, dealt=d) for d in (dealt, not dealt))
+    seen, pure = [], 0
+    for step in range(order.steps):
+        examples = [key.example for key in order.step(2, step)]
+        assert sorted(examples) == sorted(key.example for key in other.step(2, step))
+        real = [key.example for key in order.step(2, step) if key.weight]
+        seen += real
+        pure += sum(len({labels[e] for e in examples[i : i + 6]}) == 1 for i in range(0, len(examples), 6))
+    assert sorted(seen) == list(range(203))
+    assert (pure <= 4) if dealt else (pure >= 30), pure
+    with pytest.raises(ValueError, match="multiple of 4"):
+        Order(203, 22, 4, seed=1, labels=labels)
+
+
 def test_orders_differ_by_epoch_and_seed():
     first, second = (Order(50, 50, 1, seed=0).step(epoch, 0) for epoch in (0, 1))
     other = Order(50, 50, 1, seed=1).step(0, 0)

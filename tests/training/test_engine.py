@@ -133,6 +133,21 @@ def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
     assert max((one[key] - other[key]).abs().max().item() for key in one if "running" not in key) > 1e-3
 
 
+def test_parts_of_one_class_change_nothing_but_for_batch_norm(tmp_path):
+    """The same batches, cut into parts of one class each or mixed: one normalizer-free network, two with BatchNorm."""
+    differences = {}
+    for model in ("nf_resnet26", "bn_resnet26"):
+        recipe = dataclasses.replace(
+            TINY, model=model, precision="double", batch=80, accumulate=8, stochastic_depth_rate=0.0, lr=0.2
+        )
+        for cut in ("by_class", "dealt"):
+            train(dataclasses.replace(recipe, cut=cut), tmp_path / model / cut, quiet=True)
+        one, other = (load_file(tmp_path / model / cut / "model.safetensors") for cut in ("by_class", "dealt"))
+        differences[model] = max((one[key] - other[key]).abs().max().item() for key in one if "running" not in key)
+    print(differences)
+    assert differences["nf_resnet26"] < 1e-10 < 1e-3 < differences["bn_resnet26"], differences
+
+
 def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path):
     out = tmp_path / "run"
     recipe = dataclasses.replace(TINY, epochs=40, checkpoint_every=3)
