@@ -22,7 +22,7 @@ LAYERS = {
     "images": set(),
     "sources": {"models", "errors"},
     "training": {"training", "models", "signal", "sources", "errors"},
-    "studies": {"studies", "models", "signal", "images"},
+    "studies": {"studies", "training", "models", "signal", "images", "errors"},
     "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors", "export", "benchmarks", "training"},
     "__init__": {"models", "nn", "signal", "fold", "export"},
     "__main__": {"cli"},

@@ -248,3 +248,12 @@ def test_trainings_that_cannot_be(run, arguments, words):
     code, _, err = run(*arguments)
     assert code == 2
     assert words in err
+
+
+def test_study(run, tmp_path):
+    code, out, err = run("study", "batch-size", "--data", "digits", "--budget", "toy", "--seeds", 1)
+    assert code == 0, err
+    assert "BatchNorm breaks" in out
+    assert (tmp_path / "studies" / "batch-size" / "chart.png").exists()
+    assert run("study", "batchsize", "--data", "digits")[0] == 2
+    assert run("study", "depth", "--seeds", "0")[0] == 2

@@ -1,4 +1,4 @@
-"""The command line: `normfree spp`, `models`, `demo`, `export`, `bench`, `train` and `eval`."""
+"""The command line: `normfree spp`, `models`, `demo`, `export`, `bench`, `train`, `eval` and `study`."""
 
 import os
 import sys
@@ -15,6 +15,7 @@ def main() -> None:
     from normfree.cli.export import export
     from normfree.cli.models import models
     from normfree.cli.spp import spp
+    from normfree.cli.study import study
     from normfree.cli.train import evaluate, train, train_command
 
     try:
@@ -30,6 +31,7 @@ def main() -> None:
                 "bench": bench,
                 "train": train,
                 "eval": evaluate,
+                "study": study,
             },
             prog="normfree",
             description="Deep networks without activation normalization, and the tools to see why they work.",

@@ -100,3 +100,16 @@ _PANELS = {
     "gradient_variance": "Gradient: variance",
     "residual_variance": "Residual average channel variance",
 }
+
+
+def draw_study(points: Sequence[dict[str, Any]], columns: Sequence[str], across: str, path: Path) -> Path:
+    """Accuracies of a study's cells: a line per row through the means over the columns, a dot per seed."""
+    alt, _ = _packages()
+    chart = alt.Chart(alt.Data(values=list(points)), width=420, height=280).encode(
+        x=alt.X("column:N", title=across, sort=list(columns)),
+        y=alt.Y("accuracy:Q", title="Accuracy, %").scale(zero=False),
+        color=alt.Color("row:N", title=None, sort=None).scale(range=_COLORS),
+    )
+    mean = chart.mark_line().encode(y=alt.Y("mean(accuracy):Q", title="Accuracy, %").scale(zero=False))
+    both = (mean + chart.mark_point(filled=True)).configure_legend(orient="top", labelLimit=0)
+    return _write(both.configure_view(stroke="#cccccc").to_dict(), path)

@@ -1,0 +1,41 @@
+"""`normfree study`: the paper's claims, measured."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from normfree.cli.output import announce, show_table
+
+
+def study(
+    name: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    data: str = "fashion_mnist",
+    seeds: int = 3,
+    budget: Literal["toy", "small", "full"] = "small",
+    out: Path | None = None,
+) -> None:
+    """Train the cells of a study and set them out: results.csv, chart.png, table.md, and a folder for each training.
+
+    What is there already is kept, and what was interrupted goes on.
+
+    Args:
+        name: microbatch, batch-size or depth.
+        data: As for `normfree train`.
+        seeds: Trainings per cell.
+        budget: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
+        out: Folder of the results; studies/NAME by default.
+    """
+    from normfree.studies.runner import run, table
+    from normfree.studies.trainings import study as defined
+
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; it must be at least 1")
+    one = defined(name, data, budget)
+    folder = out or Path("studies") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    print(one.claim)
+    show_table(*table(one, run(one, folder, seeds=seeds, said=lambda text: print(text, flush=True))))
+    announce(path for path in (folder / n for n in ("results.csv", "chart.png", "table.md")) if path.exists())
