@@ -19,7 +19,7 @@ def main() -> None:
     from normfree.cli.train import evaluate, train, train_command
 
     try:
-        if sys.argv[1:2] == ["train"] and sys.argv[2:3] not in (["--help"], ["-h"], []):
+        if sys.argv[1:2] == ["train"] and sys.argv[2:3] not in (["--help"], ["-h"]):
             train_command(sys.argv[2:])
             return
         tyro.extras.subcommand_cli_from_dict(

@@ -16,7 +16,7 @@ def train(
 
     `normfree train --list` shows the recipes, `normfree train RECIPE --help` their fields.
     """
-    raise ValueError("name a recipe first (`normfree train --list`), then its fields: normfree train digits --out DIR")
+    train_command(list(arguments))
 
 
 def train_command(arguments: list[str]) -> None:

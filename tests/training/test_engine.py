@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -158,10 +159,7 @@ def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path):
     while not list(out.glob("checkpoints/step_*")):
         assert process.poll() is None
         time.sleep(0.1)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    psutil.Process(process.pid).children()[-1].kill()
     begin = time.monotonic()
     _, told = process.communicate(timeout=60)
     assert time.monotonic() - begin < 60
