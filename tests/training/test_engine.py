@@ -264,15 +264,15 @@ def test_one_precision_after_another(tmp_path):
 
 
 def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "a_stranger_s.py").write_text(
         "from normfree import create_model\n\n"
         "def net():\n    return create_model('nf_resnet26', width=0.25, num_classes=10, in_channels=1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    train(dataclasses.replace(TINY, model="mine:net", model_args=(), batch=720), tmp_path / "run", quiet=True)
-    with pytest.raises(ValueError, match="would import and call mine:net"):
+    train(dataclasses.replace(TINY, model="a_stranger_s:net", model_args=(), batch=720), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="would import and call a_stranger_s:net"):
         evaluate_run(tmp_path / "run")
-    assert evaluate_run(tmp_path / "run", model="mine:net").examples == 359
+    assert evaluate_run(tmp_path / "run", model="a_stranger_s:net").examples == 359
 
 
 def test_models_that_cannot_be_built(tmp_path):
