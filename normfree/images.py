@@ -11,7 +11,7 @@ from torch import Tensor
 # The usual normalization of ImageNet, per channel of RGB; grey images use the averages.
 _MEAN = torch.tensor([0.485, 0.456, 0.406])
 _STD = torch.tensor([0.229, 0.224, 0.225])
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".tga"}
 
 
 def photographs(shape: tuple[int, ...], batch: int) -> Tensor:
@@ -38,9 +38,9 @@ def from_folder(folder: Path, shape: tuple[int, ...], batch: int) -> Tensor:
     _require_image(shape)
     if not folder.is_dir():
         raise ValueError(f"there is no folder of images at {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"{folder} holds no images (of the suffixes {', '.join(sorted(_SUFFIXES))})")
+        raise ValueError(f"{folder} holds no images (of the suffixes {', '.join(sorted(SUFFIXES))})")
     if len(files) < batch:
         raise ValueError(f"{folder} holds {len(files)} images, fewer than a batch of {batch}")
     chosen = [files[i] for i in torch.randperm(len(files))[:batch].tolist()]

@@ -21,7 +21,7 @@ LAYERS = {
     "benchmarks": {"benchmarks", "fold", "models", "nn", "signal"},
     "images": set(),
     "sources": {"models", "errors"},
-    "training": {"training", "models", "signal", "sources", "errors"},
+    "training": {"training", "models", "signal", "sources", "images", "errors"},
     "studies": {"studies", "training", "models", "signal", "images", "errors"},
     "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors", "export", "benchmarks", "training"},
     "__init__": {"models", "nn", "signal", "fold", "export"},

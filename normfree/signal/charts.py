@@ -21,7 +21,7 @@ _GRADIENT_PANELS = {
     "gradient_variance": "Gradient: variance",
     "gradient_residual_variance": "Gradient: residual variance",
 }
-_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 _ROUNDING = 1e-12
 SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
 
@@ -61,7 +61,7 @@ class SignalFigure:
             value=[{"model": name} for name in names],
         )  # fmt: skip
         color = alt.Color("model:N", title="model" if titled else "model (click to hide or show)", sort=names).scale(
-            domain=names, range=[_COLORS[i % len(_COLORS)] for i in range(len(names))]
+            domain=names, range=[COLORS[i % len(COLORS)] for i in range(len(names))]
         )
         lines: list[Any] = []
         for label, row in rows.items():

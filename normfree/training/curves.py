@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from normfree.signal.charts import COLORS
+
 
 def draw(runs: Sequence[Path], path: Path) -> Path:
     """Loss and accuracy over the steps of each run folder, as .png, .svg or .html.
@@ -39,7 +41,6 @@ def _write(spec: dict[str, Any], path: Path) -> Path:
 
 
 _KINDS = {"train": "training", "eval": "test", "eval_ema": "test, averaged"}
-_COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 
 
 def _points(run: Path) -> list[dict[str, Any]]:
@@ -53,7 +54,7 @@ def _points(run: Path) -> list[dict[str, Any]]:
 
 
 def _chart(alt: Any, points: list[dict[str, Any]], several: bool) -> Any:
-    color = alt.Color("run:N" if several else "of:N", title=None).scale(range=_COLORS)
+    color = alt.Color("run:N" if several else "of:N", title=None).scale(range=COLORS)
     panels = []
     for what, title in (("loss", "Loss"), ("top1", "Accuracy, %")):
         data = alt.Data(values=[p for p in points if p["what"] == what])
@@ -108,7 +109,7 @@ def draw_study(points: Sequence[dict[str, Any]], columns: Sequence[str], across:
     chart = alt.Chart(alt.Data(values=list(points)), width=420, height=280).encode(
         x=alt.X("column:N", title=across, sort=list(columns)),
         y=alt.Y("accuracy:Q", title="Accuracy, %").scale(zero=False),
-        color=alt.Color("row:N", title=None, sort=None).scale(range=_COLORS),
+        color=alt.Color("row:N", title=None, sort=None).scale(range=COLORS),
     )
     mean = chart.mark_line().encode(y=alt.Y("mean(accuracy):Q", title="Accuracy, %").scale(zero=False))
     both = (mean + chart.mark_point(filled=True)).configure_legend(orient="top", labelLimit=0)

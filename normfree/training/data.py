@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from normfree.images import SUFFIXES
+
 FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 """Where fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's folder."""
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".tga"}
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -183,10 +184,10 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
     """All that can be read in a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
     files: list[tuple[str, Any]]
     if path.is_dir():
-        files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in _SUFFIXES]
+        files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in _SUFFIXES)
+        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
         files = [(name, name) for name in names]
     else:
         raise FileNotFoundError(f"there is no folder or .zip of images at {path}")

@@ -10,15 +10,11 @@ from torch import nn
 
 from normfree.signal.inputs import tensors
 from normfree.signal.records import Reader
-from normfree.signal.report import SignalRecord
+from normfree.signal.report import STATISTICS, SignalRecord
 from normfree.signal.tape import Tape
 from normfree.training.log import Table
 
-_STATISTICS = (
-    "squared_mean", "variance", "residual_variance", "gradient_squared_mean", "gradient_variance",
-    "gradient_residual_variance",
-)  # fmt: skip
-COLUMNS = ("step", "depth", "name", "stage", *_STATISTICS)
+COLUMNS = ("step", "depth", "name", "stage", *STATISTICS)
 """Of signal.csv: a row per measured step and residual join (or weight layer), depth from 0."""
 
 
@@ -130,10 +126,10 @@ class SignalMonitor:
 
 
 def _numbers(record: SignalRecord, loss_scale: float) -> dict[str, float]:
-    found = {name: value for name in _STATISTICS if (value := getattr(record, name)) is not None}
+    found = {name: value for name in STATISTICS if (value := getattr(record, name)) is not None}
     return {name: value / loss_scale**2 if name.startswith("gradient") else value for name, value in found.items()}
 
 
 def _parsed(row: Mapping[str, str]) -> dict[str, Any]:
-    numbers = {name: float(row[name]) for name in _STATISTICS if row[name]}
+    numbers = {name: float(row[name]) for name in STATISTICS if row[name]}
     return {"step": int(row["step"]), "depth": int(row["depth"]), "name": row["name"], "stage": row["stage"]} | numbers
