@@ -17,19 +17,20 @@ def study(
     budget: Literal["toy", "small", "full"] = "small",
     out: Path | None = None,
 ) -> None:
-    """Train the cells of a study and set them out: results.csv, chart.png, table.md, and a folder for each training.
+    """Train the cells of a study and set them out: table.md, chart.png, results.csv, trainings.csv, a folder per run.
 
-    What is there already is kept, and what was interrupted goes on.
+    What trainings.csv holds is not trained again, and what was interrupted goes on.
 
     Args:
-        name: microbatch, batch-size or depth.
+        name: microbatch, batch-size, depth, budget, ablation, large-rate or regularization.
         data: As for `normfree train`.
         seeds: Trainings per cell.
         budget: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
         out: Folder of the results; studies/NAME by default.
     """
-    from normfree.studies.runner import run, table
-    from normfree.studies.trainings import study as defined
+    from normfree.studies.claims import study as defined
+    from normfree.studies.results import table, write
+    from normfree.studies.runner import run
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
@@ -37,5 +38,6 @@ def study(
     folder = out or Path("studies") / name
     folder.mkdir(parents=True, exist_ok=True)
     print(one.claim)
-    show_table(*table(one, run(one, folder, seeds=seeds, said=lambda text: print(text, flush=True))))
-    announce(path for path in (folder / n for n in ("results.csv", "chart.png", "table.md")) if path.exists())
+    entries = run(one, folder, seeds=seeds, said=lambda text: print(text, flush=True))
+    show_table(*table(one, entries, folder))
+    announce(write(one, folder, entries))

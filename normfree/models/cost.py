@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.models.registry import create_model
@@ -30,17 +31,22 @@ def cost(name: str, *, size: int | None = None, **overrides: Any) -> Cost:
 
     Raises ValueError as `create_model` does.
     """
-    model: Any = create_model(name, device="meta", **overrides).eval()
+    model: Any = create_model(name, device="meta", **overrides)
     config = model.config
     size = config.train_size if size is None else size
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.empty(1, config.in_channels, size, size, device="meta"))
     return Cost(
         name=name,
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=counter.get_total_flops() // 2,
+        macs=multiply_accumulates(model, config.in_channels, size),
         size=size,
         test_size=config.test_size,
         drop_rate=config.drop_rate,
         weight_decay=config.weight_decay,
     )
+
+
+def multiply_accumulates(model: nn.Module, channels: int, size: int) -> int:
+    """Of convolutions and matrix products, for one image of `size` pixels; `model` is on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.eval()(torch.empty(1, channels, size, size, device="meta"))
+    return counter.get_total_flops() // 2

@@ -25,9 +25,12 @@ class NFConfig(NetworkConfig):
 
     se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
     alpha: float = 0.2  # what a branch of unit variance is multiplied by
-    skip_gain: float = 0.0  # initial SkipInit gain: every block starts as its shortcut
+    skip_gain: float | None = 0.0  # initial SkipInit gain: every block starts as its shortcut; None: no such gains
     gains: GainSource = "exact"  # γ by quadrature, or the authors' Monte-Carlo constants
     standardize: bool = True  # False is the ablation: He initialisation and γ = 1, α and β kept
+    gamma: bool = True  # False is the ablation: γ = 1
+    beta: bool = True  # False is the ablation: blocks do not divide by the expected deviation
+    filter_gains: bool = True  # False is the ablation: the gain of every filter stays 1
 
 
 class NFBlocks:
@@ -35,8 +38,9 @@ class NFBlocks:
 
     def __init__(self, config: NFConfig) -> None:
         self.config = config
-        self.gamma = gain(config.activation, source=config.gains) if config.standardize else 1.0
-        self.ledger = VarianceLedger(config.alpha)
+        has_gamma = config.standardize and config.gamma
+        self.gamma = gain(config.activation, source=config.gains) if has_gamma else 1.0
+        self.ledger = VarianceLedger(config.alpha, normalize=config.beta)
 
     def activation(self, *, inplace: bool = False) -> nn.Module:
         """A new module of the network's activation; `inplace` where that costs autograd nothing, which is for ReLU."""
@@ -48,10 +52,12 @@ class NFBlocks:
     def conv(self, in_channels: int, out_channels: int, kernel_size: int, **arguments: Any) -> ScaledWSConv2d:
         """A scaled weight-standardized convolution under the network's padding."""
         config = self.config
-        return ScaledWSConv2d(
+        conv = ScaledWSConv2d(
             in_channels, out_channels, kernel_size, padding=config.conv_padding(kernel_size),
             standardize=config.standardize, **arguments,
         )  # fmt: skip
+        conv.gain.requires_grad_(config.filter_gains)
+        return conv
 
     def block(
         self,

@@ -1,4 +1,4 @@
-"""The one place that draws: signal propagation plots, and the page around them."""
+"""Signal propagation plots, and the page around them."""
 
 import html
 import json
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from normfree.plotting import COLORS, altair, vl_convert, write
 from normfree.signal import table
 from normfree.signal.files import to_csv, to_json
 from normfree.signal.report import SignalReport
@@ -21,7 +22,6 @@ _GRADIENT_PANELS = {
     "gradient_variance": "Gradient: variance",
     "gradient_residual_variance": "Gradient: residual variance",
 }
-COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 _ROUNDING = 1e-12
 SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
 
@@ -53,7 +53,7 @@ class SignalFigure:
 
     def to_vega_lite(self, titled: bool = False) -> dict[str, Any]:
         """The chart as a Vega-Lite specification; titled, it stands alone as a picture that nobody clicks on."""
-        alt = _altair()
+        alt = altair()
         rows = {label: _named(reports) for label, reports in self.rows.items()}
         names = list(dict.fromkeys(name for row in rows.values() for name, _ in row))
         shown = alt.selection_point(
@@ -115,16 +115,11 @@ class SignalFigure:
             path.write_text(to_csv(reports), encoding="utf-8")
         elif suffix == ".html":
             path.write_text(self.to_html(), encoding="utf-8")
-        elif suffix == ".svg":
-            path.write_text(self._to_svg(), encoding="utf-8")
-        elif suffix == ".png":
-            path.write_bytes(_vl_convert().vegalite_to_png(self.to_vega_lite(titled=True), scale=2))
+        elif suffix in (".svg", ".png"):
+            write(self.to_vega_lite(titled=True), path)
         else:
             raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(SUFFIXES)}")
         return path
-
-    def _to_svg(self) -> str:
-        return str(_vl_convert().vegalite_to_svg(self.to_vega_lite(titled=True)))
 
     def to_html(self) -> str:
         """The page: interactive chart, verdicts, and a table per report."""
@@ -136,11 +131,11 @@ class SignalFigure:
             caption=self._caption(),
             sections=self._sections(),
             spec=spec,
-            bundle=_vl_convert().javascript_bundle(),
+            bundle=vl_convert().javascript_bundle(),
         )
 
     def _repr_html_(self) -> str:
-        return self._to_svg() + self._sections()
+        return vl_convert().vegalite_to_svg(self.to_vega_lite(titled=True)) + self._sections()
 
     def _sections(self) -> str:
         """Verdicts and a table per report, as HTML."""
@@ -237,22 +232,6 @@ def _section(name: str, label: str, report: SignalReport) -> str:
         f"<section><h2>{heading}</h2><ul>{verdicts}</ul><details><summary>{html.escape(table.title(report))}</summary>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details></section>"
     )
-
-
-def _altair() -> Any:
-    try:
-        import altair
-    except ImportError as error:
-        raise ImportError("charts need altair and vl-convert: pip install 'normfree[charts]'") from error
-    return altair
-
-
-def _vl_convert() -> Any:
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise ImportError("charts need altair and vl-convert: pip install 'normfree[charts]'") from error
-    return vl_convert
 
 
 _PAGE = """<!doctype html>

@@ -1,139 +1,84 @@
-"""Runs the cells of a study, one training each, and sets them out as a table, a chart and a page."""
+"""Runs the cells of a study, one training after the other."""
 
 import csv
-import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from normfree.errors import TrainingError
+from normfree.studies import results
+from normfree.studies.ledger import Cell, Entry, Ledger, Study, Training, fingerprint
 from normfree.training import Recipe, train
-from normfree.training.curves import draw_study
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry of a study's table: a recipe, trained once per seed."""
-
-    row: str
-    column: str
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class Study:
-    """What is compared, and what the paper claims of it."""
-
-    name: str
-    claim: str
-    across: str  # what the columns are
-    cells: tuple[Cell, ...]
-    rates: tuple[float, ...] = ()  # learning rates to choose from, per cell, by the first seed; else the recipe's
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a cell's trainings reached, in percent of the test set; a training that failed has none."""
-
-    row: str
-    column: str
-    lr: float | None  # chosen; None where nothing has run
-    accuracies: tuple[float, ...]
-    failed: int
-    seconds: float
-
-    def __str__(self) -> str:
-        if self.lr is None:
-            return "missing"
-        if not self.accuracies:
-            return "fails"
-        deviation = f" ± {statistics.stdev(self.accuracies):.2f}" if len(self.accuracies) > 1 else ""
-        return f"{statistics.fmean(self.accuracies):.2f}{deviation}" + (f" ({self.failed} failed)" * bool(self.failed))
 
 
 def run(study: Study, out: Path, *, seeds: int, said: Callable[[str], None] = lambda text: None) -> list[Entry]:
     """Train every cell that `out` does not hold yet, and write the results so far after each.
 
-    Trainings that were interrupted go on. `said` is told what is begun.
+    The first seed chooses a cell's learning rate, the others train at it. A training that was interrupted goes on.
+    `said` is told what is begun.
     """
+    ledger = Ledger(out / "trainings.csv")
     for cell in study.cells:
-        for seed in range(seeds):
-            rates = study.rates or (cell.recipe.lr,)
-            for lr in rates if seed == 0 else (_best_rate(out, cell, rates) or rates[0],):
-                if _result(out, cell, lr, seed) is None:
-                    said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")
-                    if not _train(out, replace(cell.recipe, lr=lr, seed=seed), cell):
-                        return entries(study, out, seeds)
-        write(study, out, seeds)
+        while (todo := _next(study, cell, ledger, seeds)) is not None:
+            lr, seed = todo
+            said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")
+            if not _train(out, replace(cell.recipe, lr=lr, seed=seed), cell, ledger):
+                return entries(study, out, seeds)
+        results.write(study, out, entries(study, out, seeds))
     return entries(study, out, seeds)
 
 
 def entries(study: Study, out: Path, seeds: int) -> list[Entry]:
     """What is there so far, in the order of the cells."""
+    ledger = Ledger(out / "trainings.csv")
     found = []
     for cell in study.cells:
-        lr = _best_rate(out, cell, study.rates or (cell.recipe.lr,))
-        results = [r for seed in range(seeds) if lr is not None and (r := _result(out, cell, lr, seed)) is not None]
-        accuracies = tuple(r["top1"] for r in results if r["top1"] is not None)
-        failed, seconds = len(results) - len(accuracies), sum(r["seconds"] for r in results)
-        found.append(Entry(cell.row, cell.column, lr, accuracies, failed, seconds))
+        lr = _best(_tried(study, cell, ledger))
+        there = [] if lr is None else [ledger.find(cell, lr, seed) for seed in range(seeds)]
+        found.append(Entry(cell, lr, tuple(training for training in there if training is not None)))
     return found
 
 
-def table(study: Study, found: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Column titles, and a row of texts for each row of the study."""
-    columns = list(dict.fromkeys(cell.column for cell in study.cells))
-    texts = {(entry.row, entry.column): str(entry) for entry in found}
-    rows = [[row, *(texts.get((row, c), "") for c in columns)] for row in dict.fromkeys(e.row for e in found)]
-    return [study.across, *columns], rows
+def _next(study: Study, cell: Cell, ledger: Ledger, seeds: int) -> tuple[float, int] | None:
+    """The learning rate and the seed of the cell's next training; None where all have run."""
+    lr = _next_rate(_rates(study, cell), _tried(study, cell, ledger))
+    if lr is not None:
+        return lr, 0
+    lr = _best(_tried(study, cell, ledger))
+    assert lr is not None
+    return next(((lr, seed) for seed in range(1, seeds) if ledger.find(cell, lr, seed) is None), None)
 
 
-def write(study: Study, out: Path, seeds: int) -> None:
-    """results.csv, chart.png and table.md of what is there so far."""
-    found = entries(study, out, seeds)
-    with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("row", "column", "lr", "mean", "accuracies", "failed", "seconds"))
-        for e in found:
-            mean = f"{statistics.fmean(e.accuracies):.3f}" if e.accuracies else ""
-            accuracies = " ".join(f"{value:.3f}" for value in e.accuracies)
-            writer.writerow(
-                (e.row, e.column, "" if e.lr is None else e.lr, mean, accuracies, e.failed, f"{e.seconds:.0f}")
-            )
-    titles, rows = table(study, found)
-    lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
-    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    points = [
-        {"row": e.row, "column": e.column, "accuracy": value, "seed": seed}
-        for e in found
-        for seed, value in enumerate(e.accuracies)
-    ]
-    if points:
-        draw_study(points, titles[1:], study.across, out / "chart.png")
+def _rates(study: Study, cell: Cell) -> tuple[float, ...]:
+    return study.rates or (cell.recipe.lr,)
 
 
-def _folder(out: Path, cell: Cell, lr: float, seed: int) -> Path:
-    words = f"{cell.row} {cell.column}".replace("/", " ").split()
-    return out / "runs" / "_".join(words) / f"lr_{lr:g}_seed_{seed}"
+def _tried(study: Study, cell: Cell, ledger: Ledger) -> dict[float, float]:
+    """Accuracy of the first seed by learning rate, -1 where the training failed."""
+    found = {lr: ledger.find(cell, lr, 0) for lr in _rates(study, cell)}
+    return {lr: -1.0 if t.top1 is None else t.top1 for lr, t in found.items() if t is not None}
 
 
-def _result(out: Path, cell: Cell, lr: float, seed: int) -> dict[str, Any] | None:
-    path = _folder(out, cell, lr, seed) / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _best(tried: Mapping[float, float]) -> float | None:
+    """The lower one of equals."""
+    return max(sorted(tried), key=tried.__getitem__) if tried else None
 
 
-def _best_rate(out: Path, cell: Cell, rates: Sequence[float]) -> float | None:
-    """Of those that the first seed has run: the most accurate; a failed one only where all failed."""
-    known = [(result["top1"], lr) for lr in rates if (result := _result(out, cell, lr, 0)) is not None]
-    return max(known, key=lambda pair: -1.0 if pair[0] is None else pair[0])[1] if known else None
+def _next_rate(rates: Sequence[float], tried: Mapping[float, float]) -> float | None:
+    """From the middle one upwards, or else downwards, until both neighbours of the best are known; None then."""
+    best = _best(tried)
+    if best is None:
+        return rates[len(rates) // 2]
+    place = rates.index(best)
+    neighbours = (*rates[place + 1 : place + 2], *rates[max(place - 1, 0) : place])
+    return next((lr for lr in neighbours if lr not in tried), None)
 
 
-def _train(out: Path, recipe: Recipe, cell: Cell) -> bool:
+def _train(out: Path, recipe: Recipe, cell: Cell, ledger: Ledger) -> bool:
     """Whether it ended, well or by a loss that is not finite; False where it was interrupted."""
-    folder = _folder(out, cell, recipe.lr, recipe.seed)
+    words = f"{cell.row} {cell.column}".replace("/", " ").split()
+    folder = out / "runs" / "_".join(words) / f"lr_{recipe.lr:g}_seed_{recipe.seed}_{fingerprint(recipe)}"
     start = time.perf_counter()
     top1: float | None = None
     error = ""
@@ -147,6 +92,26 @@ def _train(out: Path, recipe: Recipe, cell: Cell) -> bool:
         if "not finite" not in str(failure):
             raise
         error = str(failure)
-    described = {"top1": top1, "seconds": time.perf_counter() - start, "error": error}
-    (folder / "result.json").write_text(json.dumps(described, indent=1) + "\n")
+    seconds = time.perf_counter() - start
+    if recipe.signal_every and recipe.seed == 0:
+        _keep_signal(
+            folder / "signal.csv", out / "signal.csv", {"row": cell.row, "column": cell.column, "lr": recipe.lr}
+        )
+    ledger.add(
+        Training(fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed, top1, seconds, error.split(";")[0])
+    )
     return True
+
+
+def _keep_signal(source: Path, target: Path, named: Mapping[str, object]) -> None:
+    """Append what a run's monitor measured to the study's file."""
+    with source.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return
+    new = not target.exists()
+    with target.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*named, *rows[0]], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({**named, **row} for row in rows)

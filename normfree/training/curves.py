@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.signal.charts import COLORS
+from normfree.plotting import COLORS, altair, write
 
 
 def draw(runs: Sequence[Path], path: Path) -> Path:
@@ -14,30 +14,7 @@ def draw(runs: Sequence[Path], path: Path) -> Path:
 
     Raises ValueError for another suffix, ImportError without the extra "charts", OSError for a folder without metrics.
     """
-    alt, _ = _packages()
-    return _write(_chart(alt, [point for run in runs for point in _points(run)], len(runs) > 1).to_dict(), path)
-
-
-def _packages() -> tuple[Any, Any]:
-    try:
-        import altair
-        import vl_convert
-    except ImportError as error:
-        raise ImportError(f"charts need altair and vl-convert: pip install 'normfree[charts]' ({error})") from error
-    return altair, vl_convert
-
-
-def _write(spec: dict[str, Any], path: Path) -> Path:
-    _, vl_convert = _packages()
-    if path.suffix == ".png":
-        path.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
-    elif path.suffix == ".svg":
-        path.write_text(vl_convert.vegalite_to_svg(spec))
-    elif path.suffix == ".html":
-        path.write_text(vl_convert.vegalite_to_html(spec, bundle=True))
-    else:
-        raise ValueError(f"cannot write {path}: the suffix must be .png, .svg or .html")
-    return path
+    return write(_chart(altair(), [point for run in runs for point in _points(run)], len(runs) > 1).to_dict(), path)
 
 
 _KINDS = {"train": "training", "eval": "test", "eval_ema": "test, averaged"}
@@ -70,7 +47,7 @@ def _chart(alt: Any, points: list[dict[str, Any]], several: bool) -> Any:
 
 def draw_signal(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """The signal over depth and step, as `SignalMonitor` has it: a panel per statistic, logarithmic colours."""
-    alt, _ = _packages()
+    alt = altair()
     panels = []
     for statistic, title in _PANELS.items():
         points = [
@@ -92,7 +69,7 @@ def draw_signal(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     if not panels:
         raise ValueError("the monitor has measured nothing yet")
     pairs = [alt.hconcat(*panels[i : i + 2]).resolve_scale(color="independent") for i in range(0, len(panels), 2)]
-    return _write(alt.vconcat(*pairs).resolve_scale(color="independent").to_dict(), path)
+    return write(alt.vconcat(*pairs).resolve_scale(color="independent").to_dict(), path)
 
 
 _PANELS = {
@@ -101,16 +78,3 @@ _PANELS = {
     "gradient_variance": "Gradient: variance",
     "residual_variance": "Residual average channel variance",
 }
-
-
-def draw_study(points: Sequence[dict[str, Any]], columns: Sequence[str], across: str, path: Path) -> Path:
-    """Accuracies of a study's cells: a line per row through the means over the columns, a dot per seed."""
-    alt, _ = _packages()
-    chart = alt.Chart(alt.Data(values=list(points)), width=420, height=280).encode(
-        x=alt.X("column:N", title=across, sort=list(columns)),
-        y=alt.Y("accuracy:Q", title="Accuracy, %").scale(zero=False),
-        color=alt.Color("row:N", title=None, sort=None).scale(range=COLORS),
-    )
-    mean = chart.mark_line().encode(y=alt.Y("mean(accuracy):Q", title="Accuracy, %").scale(zero=False))
-    both = (mean + chart.mark_point(filled=True)).configure_legend(orient="top", labelLimit=0)
-    return _write(both.configure_view(stroke="#cccccc").to_dict(), path)

@@ -1,33 +1,49 @@
 """Every study at a toy size, end to end, and what it makes of failures and interruptions."""
 
 import dataclasses
-import json
 
 import pytest
 
+from normfree.models import create_model
 from normfree.studies import runner
-from normfree.studies.runner import Cell, Study, entries, run, table
-from normfree.studies.trainings import STUDIES, study
+from normfree.studies.claims import STUDIES, study
+from normfree.studies.ledger import Cell, Ledger, Study, fingerprint
+from normfree.studies.results import table, write
+from normfree.studies.runner import entries, run
 from normfree.training import RECIPES
+
+
+def small(name):
+    """A toy study of narrow networks on large batches."""
+    toy = study(name, "digits", "toy")
+    cells = []
+    for cell in toy.cells:
+        recipe = cell.recipe
+        if recipe.model_args:
+            recipe = dataclasses.replace(recipe, model_args=("width=0.25", *recipe.model_args[1:]))
+        cells.append(dataclasses.replace(cell, recipe=dataclasses.replace(recipe, batch=recipe.batch * 2)))
+    return dataclasses.replace(toy, cells=tuple(cells))
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_at_a_toy_size(name, tmp_path):
-    toy = study(name, "digits", "toy")
-    small = [
-        dataclasses.replace(
-            c, recipe=dataclasses.replace(c.recipe, model_args=("width=0.25",), batch=c.recipe.batch * 2)
-        )
-        for c in toy.cells
-    ]
-    toy = dataclasses.replace(toy, cells=tuple(small))
-    said = []
+    toy, said = small(name), []
     found = run(toy, tmp_path, seeds=1, said=said.append)
     assert len(found) == len(said) == len(toy.cells)
-    assert all(entry.accuracies or entry.failed for entry in found)
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.csv", "table.md", "chart.png"}
+    assert all(len(entry.trainings) == 1 for entry in found)
+    pictures = {"chart.png", "signal.png", "signal.csv"} if name == "ablation" else {"chart.png"}
+    files = {"runs", "trainings.csv", "results.csv", "table.md"} | pictures
+    assert {path.name for path in tmp_path.iterdir()} == files
     assert run(toy, tmp_path, seeds=1, said=said.append) == found  # nothing is trained twice
     assert len(said) == len(toy.cells)
+    beside = {
+        "ablation": ["last block's variance at start, middle, end", "its squared mean over variance"],
+        "budget": ["million multiply-accumulates", "seconds to train"],
+        "large-rate": ["largest that trains"],
+    }
+    titles, rows = table(toy, found, tmp_path)
+    assert titles[len(titles) - len(beside.get(name, [])) :] == beside.get(name, [])
+    assert all(all(row) for row in rows), rows
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -35,34 +51,76 @@ def test_every_cell_of_every_size_is_a_recipe(name):
     for budget in ("toy", "small", "full"):
         cells = study(name, "fashion_mnist", budget).cells
         assert len({(cell.row, cell.column) for cell in cells}) == len(cells)
+        assert len({fingerprint(cell.recipe) for cell in cells}) == len(cells)
 
 
 def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp_path, monkeypatch):
     recipe = dataclasses.replace(RECIPES["digits"], model_args=("width=0.25",))
-    cells = tuple(Cell(row, "1", dataclasses.replace(recipe, model=row)) for row in ("a", "b", "c"))
-    one = Study("s", "claim", "depth", cells, rates=(0.1, 0.4))
+    cells = tuple(Cell(row, "1", dataclasses.replace(recipe, model=row)) for row in ("high", "low", "never", "none"))
+    one = Study("s", "claim", "depth", cells, rates=(0.1, 0.2, 0.4, 0.8, 1.6))
+    best = {"high": 0.8, "low": 0.2}
     trained = []
 
     def train(recipe, folder, **_):
-        if recipe.model == "c":
+        if recipe.model == "none":
             raise KeyboardInterrupt
         trained.append((recipe.model, recipe.lr, recipe.seed))
-        folder.mkdir(parents=True)
-        if recipe.model == "b":
-            raise runner.TrainingError("the loss of step 3 is not finite")
-        accuracy = type("Accuracy", (), {"top1": 100 * recipe.lr + recipe.seed})()
-        return type("Result", (), {"finished": True, "accuracy": accuracy})()
+        if recipe.model == "never" or recipe.lr > 1:
+            raise runner.TrainingError("the loss of step 3 is not finite; there is no checkpoint yet")
+        top1 = 50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed
+        return type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": top1})()})()
 
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run(one, tmp_path, seeds=3)
-    expected = [(0.1, 0), (0.4, 0), (0.4, 1), (0.4, 2)]
-    assert [(lr, seed) for model, lr, seed in trained if model == "a"] == expected
-    titles, rows = table(one, entries(one, tmp_path, 3))
+    tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in ("high", "low", "never")}
+    # From the middle upwards, else downwards, until both neighbours of the best are known.
+    assert tried["high"] == [(0.4, 0), (0.8, 0), (1.6, 0), (0.8, 1), (0.8, 2)]
+    assert tried["low"] == [(0.4, 0), (0.8, 0), (0.2, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
+    assert tried["never"][:2] == [(0.4, 0), (0.8, 0)]
+    found = entries(one, tmp_path, 3)
+    titles, rows = table(one, found, tmp_path)
     assert titles == ["depth", "1"]
-    assert rows == [["a", "41.00 ± 1.00"], ["b", "fails"], ["c", "missing"]]
-    result = json.loads((tmp_path / "runs" / "b_1" / "lr_0.1_seed_0" / "result.json").read_text())
-    assert "not finite" in result["error"]
+    assert rows == [["high", "51.00 ± 1.00"], ["low", "51.00 ± 1.00"], ["never", "fails"], ["none", "missing"]]
+    assert Ledger(tmp_path / "trainings.csv").find(cells[2], 0.4, 0).error == "the loss of step 3 is not finite"
+    assert {path.name for path in write(one, tmp_path, found)} == {"results.csv", "table.md", "chart.png"}
+
+
+def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
+    recipe = RECIPES["digits"]
+    done = type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    monkeypatch.setattr(runner, "train", lambda *_, **__: done)
+    before = Study("s", "claim", "depth", (Cell("a", "1", recipe),))
+    run(before, tmp_path, seeds=1)
+    longer = dataclasses.replace(before, cells=(Cell("a", "1", dataclasses.replace(recipe, epochs=9)),))
+    assert [len(study.trainings) for study in entries(longer, tmp_path, 1)] == [0]
+    assert [len(study.trainings) for study in entries(before, tmp_path, 1)] == [1]
+
+
+def test_a_foreign_file_is_no_ledger(tmp_path):
+    (tmp_path / "trainings.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"trainings\.csv holds no trainings of a study"):
+        entries(study("depth", "digits", "toy"), tmp_path, 1)
+
+
+def test_ablations_leave_out_what_they_name():
+    arguments = {"width": 0.25, "alpha": 0.5, "num_classes": 10}
+    blocks = {
+        name: create_model("nf_resnet26", **arguments, **changes).stages[1][1]
+        for name, changes in {
+            "all": {}, "gamma": {"gamma": False}, "beta": {"beta": False}, "skip": {"skip_gain": None},
+            "gains": {"filter_gains": False},
+        }.items()
+    }  # fmt: skip
+    gamma = 1.7128585504496627
+    scales = {name: [float(conv.in_scale) for conv in block.conv] for name, block in blocks.items()}
+    assert scales["all"] == pytest.approx([gamma / 1.25**0.5, gamma, gamma])
+    assert scales["gamma"] == pytest.approx([1 / 1.25**0.5, 1, 1])
+    assert scales["beta"] == pytest.approx([gamma, gamma, gamma])
+    assert blocks["beta"].expected_variance == pytest.approx(1.25**4)
+    assert blocks["skip"].conv[2].skip_gain is None
+    assert blocks["all"].conv[2].skip_gain.item() == 0
+    assert not any(conv.gain.requires_grad for conv in blocks["gains"].conv)
 
 
 def test_names_that_do_not_exist():

@@ -1,0 +1,73 @@
+"""What a study found, as pictures."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from normfree.plotting import COLORS, altair, write
+from normfree.studies.beside import macs, measured
+from normfree.studies.ledger import Entry, Study
+
+_TITLES = {"macs": "million multiply-accumulates of an image", "seconds": "seconds to train"}
+
+
+def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
+    """A panel per axis of the study: a dot per training, a line per row through the means of its cells.
+
+    Where there is one column, the rows are beside each other instead.
+    """
+    points = [point for entry in entries for point in _points(study, entry)]
+    columns = list(dict.fromkeys(entry.cell.column for entry in entries))
+    panels = [_panel(study, points, columns, axis) for axis in study.over]
+    chart = altair().hconcat(*panels, spacing=24).configure_legend(orient="top", labelLimit=0, columns=3)
+    return write(chart.configure_view(stroke="#cccccc").to_dict(), path)
+
+
+def _points(study: Study, entry: Entry) -> list[dict[str, Any]]:
+    costs = {"macs": macs(entry.cell.recipe) / 1e6} if "macs" in study.over else {}
+    return [
+        {"row": entry.cell.row, "column": entry.cell.column, "accuracy": t.top1, "seconds": t.seconds} | costs
+        for t in entry.trainings
+        if t.top1 is not None
+    ]
+
+
+def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis: str) -> Any:
+    alt = altair()
+    color = alt.Color("row:N", title=None, sort=None).scale(range=COLORS)
+    chart = alt.Chart(alt.Data(values=points), width=420, height=280)
+    accuracy = {"title": "Accuracy, %", "scale": alt.Scale(zero=False)}
+    if len(columns) == 1:
+        rows = alt.Y("row:N", title=None, sort=None, axis=alt.Axis(labelLimit=0))
+        mean = chart.mark_tick(thickness=3).encode(x=alt.X("mean(accuracy):Q", **accuracy), y=rows)
+        return mean + chart.mark_point().encode(x=alt.X("accuracy:Q", **accuracy), y=rows)
+    if axis == "column":
+        x: Any = alt.X("column:N", title=study.across, sort=columns, axis=alt.Axis(labelAngle=0))
+        line = chart.mark_line().encode(x=x, y=alt.Y("mean(accuracy):Q", **accuracy), color=color)
+    else:
+        x = alt.X(f"{axis}:Q", title=_TITLES[axis]).scale(zero=False)
+        means = chart.transform_aggregate(x=f"mean({axis})", y="mean(accuracy)", groupby=["row", "column"])
+        line = means.mark_line().encode(x=alt.X("x:Q"), y=alt.Y("y:Q"), color=color)
+    return line + chart.mark_point(filled=True).encode(x=x, y=alt.Y("accuracy:Q", **accuracy), color=color)
+
+
+def draw_signal(entries: Sequence[Entry], source: Path, path: Path) -> Path:
+    """Average channel variance over the blocks, a panel per row, at the start, the middle and the end of a training."""
+    alt = altair()
+    moments = ("start", "middle", "end")
+    points = [
+        {"row": entry.cell.row, "moment": moment, "block": row["depth"], "variance": row["variance"]}
+        for entry in entries
+        for moment, rows in zip(moments, measured(source, entry), strict=False)
+        for row in rows
+        if 0 < row["variance"] < math.inf
+    ]
+    line = alt.Chart(alt.Data(values=points), width=200, height=150).mark_line(point=True)
+    chart = line.encode(
+        x=alt.X("block:Q"),
+        y=alt.Y("variance:Q", title="channel variance").scale(type="log"),
+        color=alt.Color("moment:N", title=None, sort=moments).scale(domain=moments, range=COLORS),
+    )
+    faceted = chart.facet(alt.Facet("row:N", title=None, sort=None, header=alt.Header(labelLimit=0)), columns=3)
+    return write(faceted.configure_legend(orient="top").to_dict(), path)
