@@ -1,11 +1,8 @@
 """Data sets by name: images with labels, for training and for testing."""
 
-import functools
 import gzip
-import io
 import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from normfree.images import SUFFIXES
+from normfree.training.instances import instances
+from normfree.training.shards import Shards, find_shards
 
 FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 """Where fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's folder."""
@@ -60,6 +58,8 @@ def load(spec: str) -> Data:
     fashion_mnist     60,000 and 10,000 grey images of 28×28; fashion_mnist:PATH names the folder of the original files
     instances:PATH    every image of a folder or .zip is its own class: training images are left halves, test images
                       the upper and the lower square of the right half
+    wds/NAME:PATH     the tar files of webdataset in a folder: NAME…train….tar and NAME…val….tar (or test); wds:PATH
+                      takes all names
     NAME:PATH         any data set of timm with an index, such as imagefolder:PATH or torch/cifar10:PATH
 
     Raises ValueError for a name that is not known, FileNotFoundError where the data is not, ImportError where a
@@ -71,7 +71,10 @@ def load(spec: str) -> Data:
     if name == "fashion_mnist":
         return _fashion_mnist(path)
     if name == "instances":
-        return _instances(Path(path))
+        train, test = instances(Path(path))
+        return Data(train, test, len(train.images), *_IMAGENET)
+    if name == "wds" or name.startswith("wds/"):
+        return _shards(Path(path), name.removeprefix("wds").removeprefix("/"))
     return _of_timm(name, path)
 
 
@@ -129,95 +132,17 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])  # a magic number, and a number per dimension
 
 
-class Instances:
-    """Parts of images, each image a class; see `load`."""
-
-    def __init__(
-        self, images: Sequence[Image.Image], names: Sequence[str], parts: Sequence[Callable[..., Any]]
-    ) -> None:
-        self.images = images
-        self.names = names
-        self.parts = parts
-
-    @property
-    def labels(self) -> Sequence[int]:
-        """The number of the image that each is a part of."""
-        return list(range(len(self.images))) * len(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.images) * len(self.parts)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        part, label = divmod(index, len(self.images))
-        image = self.images[label]
-        return image.crop(self.parts[part](*image.size)), label
-
-    def name(self, index: int) -> str:
-        """Of the whole image."""
-        return self.names[index % len(self.names)]
-
-
-def _left(width: int, height: int) -> tuple[int, int, int, int]:
-    return 0, 0, width // 2, height
-
-
-def _right_square(lower: bool, width: int, height: int) -> tuple[int, int, int, int]:
-    side = min(width - width // 2, height)
-    top = height - side if lower else 0
-    return width // 2, top, width // 2 + side, top + side
-
-
-VIEWS = 8
-"""How often an epoch of instances shows each image: every time another crop of its left half."""
-
-
-def _instances(path: Path) -> Data:
-    images, names = _distinct(_images_of(path))
-    if len(images) < 2:
-        raise ValueError(f"{path} holds {len(images)} distinct images; instances need at least 2")
-    right = [functools.partial(_right_square, lower) for lower in (False, True)]
-    train, test = Instances(images, names, [_left] * VIEWS), Instances(images, names, right)
-    return Data(train, test, len(images), *_IMAGENET)
-
-
-def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
-    """All that can be read in a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
-    files: list[tuple[str, Any]]
-    if path.is_dir():
-        files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
-        files = [(name, name) for name in names]
-    else:
-        raise FileNotFoundError(f"there is no folder or .zip of images at {path}")
-    found = []
-    for name, file in files:
-        try:
-            with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
-                # Palettes with transparent colours warn unless they are converted by way of RGBA.
-                image = (opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError):
-            continue
-        if min(image.size) < 32:
-            continue
-        if image.height > 256:
-            image = image.resize((max(1, round(image.width * 256 / image.height)), 256), Image.Resampling.BICUBIC)
-        found.append((name, image))
-    return found
-
-
-def _distinct(images: list[tuple[str, Image.Image]]) -> tuple[list[Image.Image], list[str]]:
-    """Without near-duplicates: the same 16 pixels by 16, but for 2 % of the range on average; and without flat ones."""
-    kept: list[tuple[str, Image.Image]] = []
-    small = np.empty((len(images), 16 * 16 * 3), np.float32)
-    for name, image in images:
-        pixels = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32).ravel() / 255
-        flat = pixels.reshape(-1, 3).std(0).max() < 0.02
-        if not flat and not (np.abs(small[: len(kept)] - pixels).mean(1) < 0.02).any():
-            small[len(kept)] = pixels
-            kept.append((name, image))
-    return [image for _, image in kept], [name for name, _ in kept]
+def _shards(folder: Path, prefix: str) -> Data:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} for wds")
+    paths = [find_shards(folder, prefix, words) for words in (("train",), ("val", "test"))]
+    for found, word in zip(paths, ("train", "val"), strict=True):
+        if not found:
+            raise FileNotFoundError(f"{folder} has no shards {prefix}*{word}*.tar")
+    train, test = map(Shards, paths)
+    if not len(train) or not len(test):
+        raise ValueError(f"the shards of {folder} hold {len(train)} training and {len(test)} test images")
+    return Data(train, test, 1 + max(*train.labels, *test.labels), *_IMAGENET)
 
 
 class OfTimm:
@@ -255,8 +180,8 @@ class OfTimm:
 def _of_timm(name: str, path: str) -> Data:
     from timm.data import create_dataset
 
-    if name.startswith(("wds/", "tfds/", "hfids/")):
-        raise ValueError(f"{name} is a stream; give a data set with an index, such as imagefolder or hfds/…")
+    if name.startswith(("tfds/", "hfids/")):
+        raise ValueError(f"{name} is a stream; give a data set with an index, such as imagefolder, wds/… or hfds/…")
     if not path and not name.startswith("hfds/"):
         raise ValueError(f"data is {name!r}: name its folder too, as in imagefolder:PATH (or use digits)")
     if path and not os.path.isdir(path):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.training.data import VIEWS, load
+from normfree.training.data import load
+from normfree.training.instances import VIEWS
 
 
 def picture(seed, size=(64, 48)):
@@ -109,7 +110,8 @@ def test_folders_of_classes_are_timm_s(tmp_path):
         ("instances:/none", FileNotFoundError, "folder or .zip"),
         ("imagefolder:/none", FileNotFoundError, "no folder /none"),
         ("digitz", ValueError, "name its folder"),
-        ("wds/imagenet:/none", ValueError, "is a stream"),
+        ("tfds/imagenet:/none", ValueError, "is a stream"),
+        ("wds/imagenet:/none", FileNotFoundError, "no folder /none for wds"),
     ],
 )
 def test_what_is_not_there(spec, error, words):

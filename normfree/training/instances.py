@@ -1,0 +1,108 @@
+"""Photographs without labels as a data set: every image is its own class."""
+
+import functools
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from normfree.images import SUFFIXES
+
+
+class Instances:
+    """Parts of images, each image a class."""
+
+    def __init__(
+        self, images: Sequence[Image.Image], names: Sequence[str], parts: Sequence[Callable[..., Any]]
+    ) -> None:
+        self.images = images
+        self.names = names
+        self.parts = parts
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The number of the image that each is a part of."""
+        return list(range(len(self.images))) * len(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.images) * len(self.parts)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        part, label = divmod(index, len(self.images))
+        image = self.images[label]
+        return image.crop(self.parts[part](*image.size)), label
+
+    def name(self, index: int) -> str:
+        """Of the whole image."""
+        return self.names[index % len(self.names)]
+
+
+def _left(width: int, height: int) -> tuple[int, int, int, int]:
+    return 0, 0, width // 2, height
+
+
+def _right_square(lower: bool, width: int, height: int) -> tuple[int, int, int, int]:
+    side = min(width - width // 2, height)
+    top = height - side if lower else 0
+    return width // 2, top, width // 2 + side, top + side
+
+
+VIEWS = 8
+"""How often an epoch of instances shows each image: every time another crop of its left half."""
+
+
+def instances(path: Path) -> tuple[Instances, Instances]:
+    """Training images, left halves, and test images, two squares of the right half, of a folder or a .zip.
+
+    Near-duplicates and flat images are left out. Raises FileNotFoundError where there is neither, ValueError for fewer
+    than two images.
+    """
+    images, names = _distinct(_images_of(path))
+    if len(images) < 2:
+        raise ValueError(f"{path} holds {len(images)} distinct images; instances need at least 2")
+    right = [functools.partial(_right_square, lower) for lower in (False, True)]
+    return Instances(images, names, [_left] * VIEWS), Instances(images, names, right)
+
+
+def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
+    """All that can be read in a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
+    files: list[tuple[str, Any]]
+    if path.is_dir():
+        files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
+        files = [(name, name) for name in names]
+    else:
+        raise FileNotFoundError(f"there is no folder or .zip of images at {path}")
+    found = []
+    for name, file in files:
+        try:
+            with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
+                # Palettes with transparent colours warn unless they are converted by way of RGBA.
+                image = (opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError):
+            continue
+        if min(image.size) < 32:
+            continue
+        if image.height > 256:
+            image = image.resize((max(1, round(image.width * 256 / image.height)), 256), Image.Resampling.BICUBIC)
+        found.append((name, image))
+    return found
+
+
+def _distinct(images: list[tuple[str, Image.Image]]) -> tuple[list[Image.Image], list[str]]:
+    """Without near-duplicates: the same 16 pixels by 16, but for 2 % of the range on average; and without flat ones."""
+    kept: list[tuple[str, Image.Image]] = []
+    small = np.empty((len(images), 16 * 16 * 3), np.float32)
+    for name, image in images:
+        pixels = np.asarray(image.resize((16, 16), Image.Resampling.BOX), np.float32).ravel() / 255
+        flat = pixels.reshape(-1, 3).std(0).max() < 0.02
+        if not flat and not (np.abs(small[: len(kept)] - pixels).mean(1) < 0.02).any():
+            small[len(kept)] = pixels
+            kept.append((name, image))
+    return [image for _, image in kept], [name for name, _ in kept]
