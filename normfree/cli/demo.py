@@ -9,28 +9,37 @@ from normfree.signal.verdicts import mean_to_variance
 from normfree.studies.signal_propagation import signal_propagation
 
 
-def demo(depth: int = 50, seeds: int = 3, batch: int = 4, out: Path = Path("normfree-report")) -> None:
+def demo(depth: int = 50, seeds: int = 3, batch: int = 4, epochs: int = 3, out: Path = Path("normfree-report")) -> None:
     """Characterize a ResNet with BatchNorm, with nothing, scaled only, and normalizer-free; draw the paper's figure.
+
+    Then train three of them on digits, four images at a time.
 
     Args:
         depth: 26, 50, 101, 152, 200, 288 or 600.
         seeds: How many times to draw parameters and inputs anew.
         batch: Number of examples.
+        epochs: Of the training.
         out: Folder for index.html and index.png.
     """
+    from normfree.studies.small_batch import BATCH, NETWORKS, panel, small_batch
+
+    if epochs < 1:
+        raise ValueError(f"epochs is {epochs}; it must be at least 1")
     if depth not in RESNET_DEPTHS:
         raise ValueError(f"depth is {depth}; it must be one of {', '.join(map(str, RESNET_DEPTHS))}")
     out.mkdir(parents=True, exist_ok=True)
     with progress() as bar:
-        task = bar.add_task("", total=9)
+        task = bar.add_task("", total=9 + len(NETWORKS))
 
         def advance(what: str) -> None:
             bar.update(task, description=what)
             bar.advance(task)
 
         reports = signal_propagation(depth, seeds=seeds, batch=batch, advance=advance)
+        trained = small_batch(epochs=epochs, advance=advance)
         advance("drawing")
-        figure = compare(reports, title=f"Signal propagation in ResNet-{depth} at initialisation")
+        title = f"Signal propagation in ResNet-{depth} at initialisation"
+        figure = compare(reports, title=title, below=[panel(trained)])
         written = [figure.save(out / "index.html"), figure.save(out / "index.png")]
     flat = [(report, label) for label, row in reports.items() for report in row]
     show_table(
@@ -39,6 +48,10 @@ def demo(depth: int = 50, seeds: int = 3, batch: int = 4, out: Path = Path("norm
     )
     for report, label in flat:
         print(f"· {report.model} on {label}: {report.verdicts[0]}")
+    for network in NETWORKS:
+        last = [point["accuracy"] for point in trained if point["network"] == network][-1:]
+        reached = f"{last[0]:.1f} % after {epochs} epochs" if last else "the loss is not finite"
+        print(f"· {network}, trained on digits {BATCH} images at a time: {reached}")
     announce(written)
 
 

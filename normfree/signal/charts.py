@@ -29,11 +29,14 @@ SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
 def compare(
     reports: SignalReport | Sequence[SignalReport] | Mapping[str, SignalReport | Sequence[SignalReport]],
     title: str = "",
+    *,
+    below: Sequence[Any] = (),
 ) -> "SignalFigure":
     """Several models in one figure: the paper's three panels on logarithmic axes (Brock et al. 2021, figure 1).
 
     `reports` is a sequence, or a mapping from the label of a row of panels to its reports. Models of the same name in
-    several rows share a colour; within a row, later ones of the same name are numbered.
+    several rows share a colour; within a row, later ones of the same name are numbered. Altair charts in `below` stand
+    under the panels.
 
     Raises ValueError where there is no report, and, at saving, ImportError without the extra "charts".
     """
@@ -41,15 +44,16 @@ def compare(
     rows = {label: [row] if isinstance(row, SignalReport) else list(row) for label, row in by_label.items()}
     if not any(rows.values()):
         raise ValueError("there is no report to draw")
-    return SignalFigure({label: row for label, row in rows.items() if row}, title)
+    return SignalFigure({label: row for label, row in rows.items() if row}, title, below)
 
 
 class SignalFigure:
     """Signal propagation plots of some reports: `save` it, or look at it in a notebook."""
 
-    def __init__(self, rows: dict[str, list[SignalReport]], title: str) -> None:
+    def __init__(self, rows: dict[str, list[SignalReport]], title: str, below: Sequence[Any] = ()) -> None:
         self.rows = rows
         self.title = title
+        self.below = below
 
     def to_vega_lite(self, titled: bool = False) -> dict[str, Any]:
         """The chart as a Vega-Lite specification; titled, it stands alone as a picture that nobody clicks on."""
@@ -76,7 +80,9 @@ class SignalFigure:
                     charts[0].layer[0] = charts[0].layer[0].add_params(shown)
                 line = alt.hconcat(*charts, spacing=24)
                 lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
-        chart = alt.vconcat(*lines, spacing=28)
+        chart = alt.vconcat(*lines, *self.below, spacing=28)
+        if self.below:
+            chart = chart.resolve_scale(color="independent")
         if titled and self.title:
             caption = self._caption()
             chart = chart.properties(

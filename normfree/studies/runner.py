@@ -12,14 +12,28 @@ from normfree.studies.ledger import Cell, Entry, Ledger, Study, Training, finger
 from normfree.training import Recipe, train
 
 
-def run(study: Study, out: Path, *, seeds: int, said: Callable[[str], None] = lambda text: None) -> list[Entry]:
+def run(
+    study: Study,
+    out: Path,
+    *,
+    seeds: int,
+    columns: Sequence[str] = (),
+    said: Callable[[str], None] = lambda text: None,
+) -> list[Entry]:
     """Train every cell that `out` does not hold yet, and write the results so far after each.
 
     The first seed chooses a cell's learning rate, the others train at it. A training that was interrupted goes on.
-    `said` is told what is begun.
+    With `columns` only their cells are trained, so that several processes can share the work. `said` is told what is
+    begun.
+
+    Raises ValueError for a column that the study does not have.
     """
+    known = dict.fromkeys(cell.column for cell in study.cells)
+    for column in columns:
+        if column not in known:
+            raise ValueError(f"{study.name} has no column {column!r}; it has {', '.join(known)}")
     ledger = Ledger(out / "trainings.csv")
-    for cell in study.cells:
+    for cell in (cell for cell in study.cells if not columns or cell.column in columns):
         while (todo := _next(study, cell, ledger, seeds)) is not None:
             lr, seed = todo
             said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")

@@ -14,13 +14,14 @@ def draw(runs: Sequence[Path], path: Path) -> Path:
 
     Raises ValueError for another suffix, ImportError without the extra "charts", OSError for a folder without metrics.
     """
-    return write(_chart(altair(), [point for run in runs for point in _points(run)], len(runs) > 1).to_dict(), path)
+    return write(_chart(altair(), [point for run in runs for point in points(run)], len(runs) > 1).to_dict(), path)
 
 
 _KINDS = {"train": "training", "eval": "test", "eval_ema": "test, averaged"}
 
 
-def _points(run: Path) -> list[dict[str, Any]]:
+def points(run: Path) -> list[dict[str, Any]]:
+    """Loss and accuracy of a run's folder, one dictionary each: run, of (training or test), step, what, value."""
     rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
     return [
         {"run": run.name, "of": _KINDS[row["kind"]], "step": int(row["step"]), "what": what, "value": float(row[what])}
@@ -30,11 +31,11 @@ def _points(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _chart(alt: Any, points: list[dict[str, Any]], several: bool) -> Any:
+def _chart(alt: Any, values: list[dict[str, Any]], several: bool) -> Any:
     color = alt.Color("run:N" if several else "of:N", title=None).scale(range=COLORS)
     panels = []
     for what, title in (("loss", "Loss"), ("top1", "Accuracy, %")):
-        data = alt.Data(values=[p for p in points if p["what"] == what])
+        data = alt.Data(values=[p for p in values if p["what"] == what])
         line = alt.Chart(data, width=360, height=240).encode(
             x=alt.X("step:Q", title="step"),
             y=alt.Y("value:Q", title=title).scale(zero=False),

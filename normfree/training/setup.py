@@ -92,11 +92,12 @@ def testing_order(recipe: Recipe, data: Data, processes: int) -> Order:
 def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     """accelerate's Accelerator as the recipe asks for it; afterwards its state is as it was.
 
-    Raises ImportError for a tracker that is not installed.
+    Raises ImportError for a tracker that is not installed, ValueError where accelerate is told to shard parameters.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.tracking import get_available_trackers
+    from accelerate.utils import DistributedType
 
     missing = set(recipe.log) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     if missing:
@@ -109,6 +110,15 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
     )
     try:
+        if accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+            DistributedType.MEGATRON_LM,
+        ):
+            raise ValueError(
+                f"accelerate is told to shard parameters ({accelerator.distributed_type.value}): checkpoints and averaged "
+                "parameters are written whole; launch with torchrun, or with accelerate's MULTI_GPU"
+            )
         if recipe.log:
             described = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
             accelerator.init_trackers("normfree", config=described)

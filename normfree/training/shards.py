@@ -81,7 +81,7 @@ def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:
                 if f".{extension.lower()}" in SUFFIXES:
                     images[key] = _Member(shard, info.offset_data, info.size, info.name)
                 elif extension.lower() in ("cls", "json"):
-                    labels |= _label(archive, info, key, extension.lower())
+                    labels |= _label(archive, info, path, key)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no uncompressed tar file ({error})") from error
     without = [member.name for key, member in images.items() if key not in labels]
@@ -90,15 +90,15 @@ def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:
     return ((member, labels[key]) for key, member in images.items())
 
 
-def _label(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> dict[str, int]:
+def _label(archive: tarfile.TarFile, info: tarfile.TarInfo, path: Path, key: str) -> dict[str, int]:
     """The key's label, if that file has one. Raises ValueError for one that is no whole number."""
     file = archive.extractfile(info)
     assert file is not None
     text = file.read().decode("utf-8", "replace")
     try:
-        if extension == "cls":
+        if info.name.lower().endswith(".cls"):
             return {key: int(text)}
         described = json.loads(text)
         return {key: int(described["label"])} if isinstance(described, dict) and "label" in described else {}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{archive.name}/{info.name} holds no label: {text[:40]!r}") from error
+        raise ValueError(f"{path}/{info.name} holds no label: {text[:40]!r}") from error

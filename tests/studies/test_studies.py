@@ -97,6 +97,17 @@ def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
     assert [len(study.trainings) for study in entries(before, tmp_path, 1)] == [1]
 
 
+def test_some_columns_only(tmp_path, monkeypatch):
+    done = type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    monkeypatch.setattr(runner, "train", lambda *_, **__: done)
+    one = study("batch-size", "digits", "toy")
+    found = run(one, tmp_path, seeds=2, columns=["64"])
+    assert [len(entry.trainings) for entry in found] == [0, 0, 2, 2]
+    assert table(one, found, tmp_path)[1][0] == ["BatchNorm", "missing", "90.00 ± 0.00"]
+    with pytest.raises(ValueError, match="batch-size has no column '65'; it has 256, 64"):
+        run(one, tmp_path, seeds=2, columns=["65"])
+
+
 def test_a_foreign_file_is_no_ledger(tmp_path):
     (tmp_path / "trainings.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"trainings\.csv holds no trainings of a study"):

@@ -275,6 +275,15 @@ def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, 
     assert evaluate_run(tmp_path / "run", model="a_stranger_s:net").examples == 359
 
 
+def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"told to shard parameters \(FSDP\)"):
+        train(TINY, tmp_path / "run", quiet=True)
+
+
 def test_models_that_cannot_be_built(tmp_path):
     for changes, words in (
         ({"model": "nf_resnet27"}, "no model is called"),
