@@ -1,6 +1,7 @@
 """Deep networks without activation normalization, and the tools to see why they work."""
 
 from normfree import models, nn, signal
+from normfree.convert import convert, load_converted, param_groups
 from normfree.export import export
 from normfree.fold import fold
 from normfree.models import create_model, from_pretrained, from_timm, list_models, load_haiku
@@ -17,6 +18,7 @@ __all__ = [
     "SignalReport",
     "characterize",
     "compare",
+    "convert",
     "create_model",
     "export",
     "fold",
@@ -24,8 +26,10 @@ __all__ = [
     "from_timm",
     "gain",
     "list_models",
+    "load_converted",
     "load_haiku",
     "models",
     "nn",
+    "param_groups",
     "signal",
 ]

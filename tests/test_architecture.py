@@ -18,14 +18,27 @@ LAYERS = {
     "signal": {"signal", "errors", "plotting"},
     "models": {"models", "nn", "errors"},
     "fold": {"nn"},
+    "convert": {"convert", "nn", "signal", "errors"},
     "export": {"fold"},
     "benchmarks": {"benchmarks", "fold", "models", "nn", "signal"},
     "images": set(),
     "sources": {"models", "errors"},
     "training": {"training", "models", "signal", "sources", "images", "errors", "plotting"},
     "studies": {"studies", "training", "models", "signal", "sources", "images", "errors", "plotting"},
-    "cli": {"cli", "studies", "models", "signal", "images", "sources", "errors", "export", "benchmarks", "training"},
-    "__init__": {"models", "nn", "signal", "fold", "export"},
+    "cli": {
+        "cli",
+        "convert",
+        "studies",
+        "models",
+        "signal",
+        "images",
+        "sources",
+        "errors",
+        "export",
+        "benchmarks",
+        "training",
+    },
+    "__init__": {"convert", "models", "nn", "signal", "fold", "export"},
     "__main__": {"cli"},
 }
 TORCH_ONLY = {"nn", "signal/tape.py", "signal/operations.py", "signal/statistics.py", "signal/residual.py"}
@@ -81,6 +94,16 @@ def test_importing_the_package_is_light():
 
 
 def test_public_names():
-    names = {"characterize", "SignalReport", "compare", "create_model", "fold", "gain", "list_models", "ScaledWSConv2d"}
+    names = {
+        "convert",
+        "characterize",
+        "SignalReport",
+        "compare",
+        "create_model",
+        "fold",
+        "gain",
+        "list_models",
+        "ScaledWSConv2d",
+    }
     assert names <= set(normfree.__all__)
     assert all(hasattr(normfree, name) for name in normfree.__all__)

@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
 
-from normfree import create_model
+from normfree import create_model, load_converted
 from normfree.cli import main
 from normfree.sources import model_factory
 
@@ -116,6 +117,7 @@ BAD = {
     "three sizes": (["spp", "nf_resnet26", "--size", "5", "5", "5"], "give height and width"),
     "photographs for a linear layer": (["spp", "four:linear", "--input", "photos"], "images have (1 or 3"),
     "seeds": (["spp", "nf_resnet26", "--seeds", "0"], "seeds is 0"),
+    "epochs": (["demo", "--epochs", "0"], "epochs is 0"),
     "depth": (["demo", "--depth", "51"], "depth is 51"),
     "pattern": (["models", "nothing*"], "no model matches"),
     "report folder": (["demo", "--out", "file"], "file"),
@@ -167,11 +169,32 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_demo(run, tmp_path):
-    code, out, err = run("demo", "--depth", "26", "--seeds", "1", "--batch", "2", "--out", "report")
+    code, out, err = run("demo", "--depth", "26", "--seeds", "1", "--batch", "2", "--epochs", "1", "--out", "report")
     assert code == 0, err
+    assert out.count("trained on digits 4 images at a time") == 3
     assert out.count("nf_resnet26 on") == 2
     assert (tmp_path / "report" / "index.html").stat().st_size > 500_000
     assert (tmp_path / "report" / "index.png").stat().st_size > 50_000
+
+
+def test_convert(run, tmp_path):
+    code, out, err = run(
+        "convert", "torchvision:resnet18", "--size", "64", "--batch", "4", "--input", "noise",
+        "--out", "free.safetensors", "--report", "free.html",
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.startswith("20 layers replaced, 20 normalizers removed, 0 kept")
+    assert (tmp_path / "free.html").stat().st_size > 500_000
+    fresh = torchvision.models.resnet18(weights=None)
+    assert not load_converted(fresh, tmp_path / "free.safetensors").conv1.out_scale.isnan()
+    for arguments, words in (
+        (["timm:convnext_atto", "--size", "32"], "has no such normalizer"),
+        (["torchvision:resnet18", "--out", "free.pt"], "suffix must be one of .safetensors"),
+        (["torchvision:resnet18", "--alpha", "0"], "alpha is 0"),
+    ):
+        code, out, err = run("convert", *arguments)
+        assert code == 2
+        assert words in err
 
 
 def test_models_as_json(run):

@@ -1,4 +1,4 @@
-"""The command line: `normfree spp`, `models`, `demo`, `export`, `bench`, `train`, `eval` and `study`."""
+"""The command line: `normfree spp`, `models`, `demo`, `convert`, `export`, `bench`, `train`, `eval` and `study`."""
 
 import os
 import sys
@@ -11,6 +11,7 @@ def main() -> None:
     import tyro
 
     from normfree.cli.bench import bench
+    from normfree.cli.convert import convert
     from normfree.cli.demo import demo
     from normfree.cli.export import export
     from normfree.cli.models import models
@@ -27,6 +28,7 @@ def main() -> None:
                 "spp": spp,
                 "models": models,
                 "demo": demo,
+                "convert": convert,
                 "export": export,
                 "bench": bench,
                 "train": train,

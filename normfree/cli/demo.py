@@ -9,7 +9,7 @@ from normfree.signal.verdicts import mean_to_variance
 from normfree.studies.signal_propagation import signal_propagation
 
 
-def demo(depth: int = 50, seeds: int = 3, batch: int = 4, epochs: int = 3, out: Path = Path("normfree-report")) -> None:
+def demo(depth: int = 50, seeds: int = 3, batch: int = 4, epochs: int = 2, out: Path = Path("normfree-report")) -> None:
     """Characterize a ResNet with BatchNorm, with nothing, scaled only, and normalizer-free; draw the paper's figure.
 
     Then train three of them on digits, four images at a time.

@@ -27,6 +27,8 @@ class Join:
     factor: float  # of the branch in the addition itself (alpha of torch.add)
     end_module: str | None  # the module that computed the end of the branch, and scaled it itself if at all
     parameters: tuple[str, ...]  # parameters that multiply the branch after its end (SkipInit, LayerScale)
+    branch: int  # node of the term that is the branch
+    past: int  # node of the term that is the shortcut
 
 
 def find_joins(tape: Tape) -> list[Join]:
@@ -73,6 +75,8 @@ def _join(nodes: list[Node], node: Node) -> Join | None:
         factor=node.terms[branch].factor,
         end_module=end,
         parameters=parameters,
+        branch=node.terms[branch].node,
+        past=node.terms[shortcut].node,
     )
 
 

@@ -19,7 +19,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
 BATCH = 4
 
 
-def small_batch(*, epochs: int = 3, advance: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+def small_batch(*, epochs: int = 2, advance: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """Test accuracy on the digits after every epoch of narrow ResNet-50s, trained alike on batches of four.
 
     Dictionaries of network, epoch and accuracy. `advance` is called with what comes next, three times. A network whose

@@ -110,14 +110,11 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
     )
     try:
-        if accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-            DistributedType.MEGATRON_LM,
-        ):
+        kind = accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
-                f"accelerate is told to shard parameters ({accelerator.distributed_type.value}): checkpoints and averaged "
-                "parameters are written whole; launch with torchrun, or with accelerate's MULTI_GPU"
+                f"accelerate is told to shard parameters ({kind.value}), but checkpoints and averaged parameters are "
+                "written whole: launch with torchrun, or with accelerate's MULTI_GPU"
             )
         if recipe.log:
             described = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}

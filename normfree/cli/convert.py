@@ -1,0 +1,64 @@
+"""`normfree convert`: a network without its normalizers."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from normfree.cli.output import announce, check_writable
+from normfree.convert import convert as convert_model
+from normfree.images import batch_function
+from normfree.signal import compare
+from normfree.signal.charts import SUFFIXES
+from normfree.signal.inputs import input_shape, noise
+from normfree.sources import model_factory
+
+
+def convert(
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    input: Annotated[str, tyro.conf.arg(metavar="noise|photos|DIR")] = "photos",
+    batch: int = 16,
+    size: int | None = None,
+    alpha: float = 0.2,
+    exclude: tuple[str, ...] = (),
+    depthwise: Literal["standardize", "scale"] = "standardize",
+    seed: int = 0,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.safetensors")] = None,
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html|.png|.svg|.csv|.json")] = None,
+) -> None:
+    """Convert a network with BatchNorm into one without, with the signal of the given images under control.
+
+    Args:
+        model: timm:NAME, torchvision:NAME, or package.module:factory, which may load its weights.
+        input: White noise, crops of two real photographs, or images of a folder.
+        batch: Number of images to calibrate with.
+        size: Height and width; the model's own if not given.
+        alpha: What residual branches of unit variance are multiplied by.
+        exclude: Paths of modules that stay as they are; glob patterns too.
+        depthwise: Standardize the filters of depthwise convolutions, or scale them only.
+        seed: Of the parameters, where they are new, and of the images.
+        out: Write the tensors, and the plan that normfree.load_converted follows.
+        report: Write a figure of the signal before and after, or its numbers.
+    """
+    if out is not None:
+        check_writable(out, (".safetensors",))
+    if report is not None:
+        check_writable(report, SUFFIXES)
+    torch.manual_seed(seed)
+    network = model_factory(model)()
+    image_size = None if size is None else (size, size)
+    draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=image_size)
+    if input != "noise":
+        draw = batch_function(input, batch, functools.partial(input_shape, size=image_size))
+    conversion = convert_model(network, draw(network), alpha=alpha, exclude=exclude, depthwise=depthwise)
+    print(conversion)
+    if out is not None:
+        announce([conversion.save(out)])
+    if report is not None:
+        rows = {"before": conversion.before, "after": conversion.after}
+        announce([compare(rows, title=f"{model}, converted").save(report)])

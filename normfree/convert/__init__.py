@@ -1,0 +1,6 @@
+"""Networks with normalizers made into networks without."""
+
+from normfree.convert.conversion import Conversion, convert, load_converted, param_groups
+from normfree.convert.plan import Change
+
+__all__ = ["Change", "Conversion", "convert", "load_converted", "param_groups"]

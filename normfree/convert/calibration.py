@@ -1,0 +1,104 @@
+"""Scales by measurement: every converted layer's output, and every branch where it joins, at unit variance."""
+
+import contextlib
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.convert.structure import branch_ends
+from normfree.errors import SignalError
+from normfree.nn.conv import ScaledWS
+from normfree.signal.statistics import channel_statistics
+from normfree.signal.tape import Tape
+
+_PASSES = 4
+_CLOSE = 0.02
+
+
+def calibrate(model: nn.Module, layers: Mapping[str, ScaledWS], run: Callable[[Tape], None]) -> float:
+    """Set `in_scale` of the layers, in the order in which they run, with open branches.
+
+    A layer's output gets the variance that a normalizer with its gains would give it, that is the mean square of the
+    gains, times `out_scale`²; one that ends residual branches such that they have it where they join. `run` runs the
+    model, recorded on a tape. Gates are not linear in what they are given, so this is repeated, up to four times, until
+    branches are within 2 %. The largest relative departure of a branch's variance is returned.
+
+    Raises SignalError for an output that is constant or not finite.
+    """
+    target = dict.fromkeys(layers, 1.0)  # of a layer's output, over what its gains and `out_scale` make of 1
+    departure = 0.0
+    with _open(layers.values()):
+        for _ in range(_PASSES):
+            tape = Tape()
+            with _scaling(layers, target):
+                run(tape)
+            wanted: dict[str, list[float]] = defaultdict(list)
+            for operand, paths in branch_ends(tape).values():
+                ends = [path for path in paths if path in layers]
+                statistics = tape.nodes[operand].statistics
+                if not ends or statistics is None:
+                    continue
+                ratio = float(statistics[1]) / (sum(_square(layers[path]) for path in ends) / len(ends))
+                if not 0 < ratio < math.inf:
+                    raise SignalError(f"the branch that ends with {ends[0]} has variance {statistics[1]:g} at its join")
+                for path in ends:
+                    wanted[path].append(ratio)
+            # Joins that share a layer can only be right on average.
+            departure = max((abs(sum(ratios) / len(ratios) - 1) for ratios in wanted.values()), default=0.0)
+            if departure <= _CLOSE:
+                break
+            for path, ratios in wanted.items():
+                target[path] /= sum(ratios) / len(ratios)
+    return departure
+
+
+def _square(layer: ScaledWS) -> float:
+    """The variance that the layer makes of a standardized output."""
+    return float(layer.out_scale) ** 2 * float(layer.gain.detach().double().square().mean())
+
+
+@contextlib.contextmanager
+def _scaling(layers: Mapping[str, ScaledWS], target: Mapping[str, float]) -> Iterator[None]:
+    """Every layer that runs is rescaled to its target; one that runs several times to the mean over its calls."""
+    seen: dict[str, list[float]] = defaultdict(list)  # variance over target, at in_scale 1
+
+    def rescale(path: str, layer: ScaledWS, _: Any, out: Tensor) -> Tensor:
+        before = float(layer.in_scale)
+        variance = float(channel_statistics(out, 1)[1]) / _square(layer)
+        if not 0 < variance < math.inf:
+            what = "is constant" if variance == 0 else "is not finite"
+            raise SignalError(f"the output of {path} {what} on these inputs: its variance cannot be set")
+        seen[path].append(variance / before**2 / target[path])
+        after = 1 / math.sqrt(sum(seen[path]) / len(seen[path]))
+        layer.in_scale.fill_(after)
+        if layer.bias is None:
+            return out.mul_(after / before)
+        shift = (layer.bias * layer.out_scale.to(out.dtype)).view(-1, *[1] * (layer.weight.ndim - 2))
+        return out.sub_(shift).mul_(after / before).add_(shift)
+
+    handles = [layer.register_forward_hook(functools.partial(rescale, path)) for path, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _open(layers: Iterable[ScaledWS]) -> Iterator[None]:
+    """Skip gains, and gains that are all zero, at one; what they were comes back."""
+    closed = [layer.skip_gain for layer in layers if layer.skip_gain is not None]
+    closed += [layer.gain for layer in layers if not bool(layer.gain.any())]
+    kept = [parameter.data for parameter in closed]
+    try:
+        for parameter in closed:
+            parameter.data = torch.ones_like(parameter)
+        yield
+    finally:
+        for parameter, data in zip(closed, kept, strict=True):
+            parameter.data = data

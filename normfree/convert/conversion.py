@@ -1,0 +1,225 @@
+"""convert(): somebody's network with normalizers -> the same network without."""
+
+import copy
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from normfree.convert.calibration import calibrate
+from normfree.convert.plan import Change, Plan, affine, kept_norms, list_changes, make_plan, take_over
+from normfree.convert.structure import norm_paths, read_structure
+from normfree.errors import SignalError
+from normfree.signal import SignalReport, characterize
+from normfree.signal.inputs import as_call, map_tensors, tensors
+from normfree.signal.preparation import measuring
+from normfree.signal.tape import Tape
+
+Norm = Literal["batch", "group", "layer", "instance"]
+
+_NORMS: dict[str, tuple[tuple[type[nn.Module], ...], frozenset[str]]] = {
+    "batch": ((nn.modules.batchnorm._BatchNorm,), frozenset({"FrozenBatchNorm2d", "FrozenBatchNormAct2d"})),
+    "group": ((nn.GroupNorm,), frozenset()),
+    "layer": ((nn.LayerNorm,), frozenset({"LayerNorm2d"})),
+    "instance": ((nn.modules.instancenorm._InstanceNorm,), frozenset()),
+}
+_ENOUGH = 64
+_PLAN = "normfree_plan"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted network, and what was changed on the way."""
+
+    model: nn.Module
+    changes: tuple[Change, ...]
+    before: SignalReport
+    after: SignalReport
+    departure: float  # largest |variance - 1| of a branch where it joins, after calibration
+    plan: Plan
+
+    @property
+    def kept(self) -> list[Change]:
+        """The normalizers that are still there, and the layers that could not be replaced."""
+        return [change for change in self.changes if change.action == "kept"]
+
+    def __str__(self) -> str:
+        counts = {action: sum(c.action == action for c in self.changes) for action in ("replaced", "removed", "kept")}
+        lines = [
+            f"{counts['replaced']} layers replaced, {counts['removed']} normalizers removed, {counts['kept']} kept",
+            *(f"{c.action:<9}{c.path}  {c.layer}{'  ' + c.note if c.note else ''}" for c in self.changes),
+            "",
+            "before:",
+            str(self.before),
+            "after:",
+            str(self.after),
+        ]
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> Path:
+        """Write tensors, scales included, and the plan that `load_converted` follows, as one .safetensors file.
+
+        Raises ValueError for another suffix, OSError where it cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"cannot write {path}: the suffix must be .safetensors")
+        try:
+            save_model(self.model, str(path), metadata={_PLAN: self.plan.to_json()})
+        except Exception as error:  # safetensors has an error of its own
+            raise OSError(f"cannot write {path}: {error}") from error
+        return path
+
+
+def convert(
+    model: nn.Module,
+    images: Any,
+    *,
+    alpha: float = 0.2,
+    norms: Sequence[Norm] = ("batch",),
+    exclude: Sequence[str] = (),
+    depthwise: Literal["standardize", "scale"] = "standardize",
+    inplace: bool = False,
+) -> Conversion:
+    """A network without its normalizers, its signal under control, and what was changed to get there.
+
+    Every convolution that a normalizer normalizes, directly or on the way to the next pre-activation, becomes a
+    `ScaledWSConv` with the same weights; the normalizer becomes the identity, keeping an activation and a dropout that
+    it carries; its scale and shift become gain and bias where it took a convolution's output as it was. The last
+    convolution of each residual branch gets α and a SkipInit gain (1, or 0 where the normalizer's weight was 0). Then
+    every layer's `in_scale` is set so that on the images its output has unit variance, at the end of a branch where
+    it joins. Modules are replaced, no forward is touched. The function is not preserved; the weights are.
+
+    images     a batch, as for `characterize`, or a DataLoader, of which the first 64 images are taken
+    alpha      what branches of unit variance are multiplied by
+    norms      which normalizers go: "batch" (frozen and synchronized ones too), "group", "layer", "instance"
+    exclude    paths of modules that stay as they are, with everything in them; glob patterns too
+    depthwise  of convolutions with one channel per group: "standardize", or "scale", without subtracting the mean
+    inplace    convert the model itself rather than a copy
+
+    Raises ValueError where nothing can be converted or an argument cannot be, TypeError for what is no module, and
+    SignalError where the model does not run on the images or a variance cannot be set.
+    """
+    _check(model, alpha, norms, depthwise)
+    paths = _selected(model, norms, exclude)
+    before = characterize(model, _batch(images, model))
+    model = model if inplace else copy.deepcopy(model)
+    args, kwargs = as_call(_batch(images, model), model)
+    tape = Tape()
+    _run(model, tape, args, kwargs)
+    structure = read_structure(tape, paths)
+    kept = kept_norms(model, structure, paths, exclude)
+    removed = [path for path in sorted(paths) if path not in kept]
+    if not removed:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3])
+        raise ValueError(
+            f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
+        )
+    plan = make_plan(model, structure, removed, scale_depthwise=depthwise == "scale")
+    changes = list_changes(model, plan, kept, structure)
+    scales = {layer: affine(model, norm) for norm, layer in structure.direct.items() if norm in removed}
+    layers = plan.apply(model)
+    for path, layer in layers.items():
+        take_over(layer, *scales.get(path, (layer.gain, layer.bias)))
+        if path in structure.ends:
+            layer.out_scale.fill_(alpha)
+    departure = calibrate(model, layers, lambda tape: _run(model, tape, args, kwargs))
+    return Conversion(model, changes, before, characterize(model, _batch(images, model)), departure, plan)
+
+
+def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
+    """`model`, a fresh network of the class that was converted, as `Conversion.save` wrote it; changed in place.
+
+    Raises ValueError for a file that is none of ours, or of another network.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            plan = Plan.from_json((file.metadata() or {})[_PLAN])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        plan.apply(model)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        # Of tensors that are shared one name is kept.
+        shared = {id(t) for name, t in model.state_dict(keep_vars=True).items() if name in state}
+        missing = [name for name in missing if id(model.state_dict(keep_vars=True)[name]) not in shared]
+        if missing or unexpected:
+            raise ValueError(f"{(missing + unexpected)[0]} does not fit")
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no conversion of a {type(model).__name__} ({error})") from error
+    return model
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: gains, biases, skip gains and normalizers without weight decay."""
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _check(model: Any, alpha: float, norms: Sequence[str], depthwise: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
+    if isinstance(norms, str) or not norms or not set(norms) <= set(_NORMS):
+        raise ValueError(f"norms is {norms!r}; it must be a sequence of {', '.join(_NORMS)}")
+    if depthwise not in ("standardize", "scale"):
+        raise ValueError(f"depthwise is {depthwise!r}; it must be 'standardize' or 'scale'")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}; it must be positive")
+
+
+def _batch(images: Any, model: nn.Module) -> Any:
+    """The inputs as `characterize` takes them; of a DataLoader the first 64 images."""
+    if not isinstance(images, DataLoader):
+        return images
+    taken: list[Tensor] = []
+    for batch in images:
+        first = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(first, Tensor):
+            return images
+        taken.append(first)
+        if sum(map(len, taken)) >= _ENOUGH:
+            break
+    return torch.cat(taken)[:_ENOUGH] if taken else images
+
+
+def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:
+    """Paths of the normalizers to remove. Raises ValueError for an `exclude` that matches nothing."""
+    known = [path for path, _ in model.named_modules()]
+    for pattern in exclude:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
+            raise ValueError(f"exclude has {pattern!r}, which is no module of {type(model).__name__}")
+    found = set().union(*(norm_paths(model, *_NORMS[norm]) for norm in norms))
+    if "" in found:
+        raise ValueError("the model is a normalizer itself")
+    return found
+
+
+def _excluded(path: str, exclude: Sequence[str]) -> bool:
+    parts = path.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
+
+
+def _run(model: nn.Module, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """One forward pass on copies of the inputs, in eval mode, with the batch's statistics where there are some."""
+    copies = map_tensors(lambda t: t.clone(), (args, kwargs))
+    with measuring(model, batch_stats=True), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            tape.record(model, lambda: model(*copies[0], **copies[1]), tensors(copies))
+        except SignalError:
+            raise
+        except Exception as error:
+            raise SignalError(f"the forward of {type(model).__name__} failed at {tape.last_module}: {error}") from error

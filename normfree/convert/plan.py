@@ -1,0 +1,137 @@
+"""Which modules are replaced by what: decided once, from the structure, and written down so that it can be repeated."""
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfree.convert.layers import Planned, Removed, put, refusal, scaled, without
+from normfree.convert.structure import Structure
+from normfree.nn.conv import ScaledWS
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done with one layer, and why."""
+
+    path: str
+    layer: str  # its class
+    action: Literal["replaced", "removed", "kept"]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is replaced in a network, by paths of modules."""
+
+    layers: tuple[Planned, ...]
+    removed: tuple[Removed, ...]
+    settled: tuple[str, ...]  # activations that no longer write into their input, since others need it now
+
+    def to_json(self) -> str:
+        """As `from_json` reads it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Raises KeyError, TypeError or ValueError for what is no plan."""
+        plan = json.loads(text)
+        layers = tuple(Planned(**layer) for layer in plan["layers"])
+        return cls(layers, tuple(Removed(**norm) for norm in plan["removed"]), tuple(plan["settled"]))
+
+    def apply(self, model: nn.Module) -> dict[str, ScaledWS]:
+        """Replace the modules; the new weight layers by path. Raises KeyError for a path that does not exist."""
+        modules = dict(model.named_modules())
+        for path in self.settled:
+            modules[path].inplace = False
+        layers = {planned.path: scaled(modules[planned.path], planned) for planned in self.layers}
+        for path, layer in layers.items():
+            put(model, modules[path], layer)
+        for norm in self.removed:
+            put(model, modules[norm.path], without(modules[norm.path], norm))
+        return layers
+
+
+def kept_norms(model: nn.Module, structure: Structure, norms: set[str], exclude: Sequence[str]) -> dict[str, str]:
+    """Normalizers that stay, and why: a weight layer whose output they normalize cannot be replaced."""
+    kept: dict[str, str] = {}
+    for path in sorted(norms):
+        sources = structure.sources.get(path)
+        if _excluded(path, exclude):
+            kept[path] = "excluded"
+        elif sources is None:
+            kept[path] = "did not run on these inputs"
+        elif not sources:
+            kept[path] = "no weight layer before it: it normalizes the network's input"
+        else:
+            for source in sorted(sources):
+                why = "excluded" if _excluded(source, exclude) else refusal(model.get_submodule(source))
+                if why:
+                    kept[path] = f"normalizes the output of {source or 'the model'}: {why}"
+                    break
+    return kept
+
+
+def make_plan(model: nn.Module, structure: Structure, removed: Sequence[str], *, scale_depthwise: bool) -> Plan:
+    """The plan that removes these normalizers."""
+    norm_of = {layer: norm for norm, layer in structure.direct.items() if norm in removed}
+    layers, norms, settled = [], [], []
+    for path in dict.fromkeys(layer for norm in removed for layer in sorted(structure.sources[norm])):
+        conv: Any = model.get_submodule(path)
+        norm = norm_of.get(path)
+        # A bias before a normalizer is without effect; after it comes the normalizer's.
+        bias = conv.bias is not None if norm is None else affine(model, norm)[1] is not None
+        depthwise = conv.groups == conv.in_channels > 1
+        layers.append(Planned(path, bias, path in structure.ends, standardize=not (depthwise and scale_depthwise)))
+    for path in removed:
+        # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
+        writers = set() if path in structure.direct else structure.overwritten.get(path, set())
+        switches = [writer for writer in sorted(writers) if hasattr(model.get_submodule(writer), "inplace")]
+        settled += switches
+        norms.append(Removed(path, copied=len(switches) < len(writers)))
+    return Plan(tuple(layers), tuple(norms), tuple(dict.fromkeys(settled)))
+
+
+def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str], structure: Structure) -> tuple[Change, ...]:
+    """What the plan does to each layer, in the model's order; before it is applied."""
+    found: dict[str, tuple[Literal["replaced", "removed", "kept"], str]] = {
+        path: ("kept", why) for path, why in kept.items()
+    }
+    for planned in plan.layers:
+        found[planned.path] = ("replaced", "ends a residual branch" * planned.skip_gain)
+    for norm in plan.removed:
+        weight, bias = affine(model, norm.path)
+        neutral = (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any()))
+        lost = norm.path not in structure.direct and not neutral
+        found[norm.path] = ("removed", "its scale and shift are lost: they stood on a sum" * lost)
+    order = [path for path, _ in model.named_modules() if path in found]
+    return tuple(Change(path, type(model.get_submodule(path)).__name__, *found[path]) for path in order)
+
+
+def affine(model: nn.Module, norm: str) -> tuple[Tensor | None, Tensor | None]:
+    """A normalizer's scale and shift."""
+    module = model.get_submodule(norm)
+    return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
+def take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> None:
+    """A normalizer's scale and shift as gain and bias, trained if they were; a scale of 0 closes a branch instead."""
+    with torch.no_grad():
+        if weight is not None and layer.skip_gain is not None and not bool(weight.any()):
+            layer.skip_gain.zero_()
+        elif weight is not None:
+            layer.gain.copy_(weight)
+        if layer.bias is not None and bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone().to(layer.weight), requires_grad=bias.requires_grad)
+    layer.gain.requires_grad_(weight is not None and weight.requires_grad)
+
+
+def _excluded(path: str, exclude: Sequence[str]) -> bool:
+    parts = path.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
