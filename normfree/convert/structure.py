@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normfree.signal.operations import VIEWS
+from normfree.signal.operations import GATES, VIEWS
 from normfree.signal.residual import Join, find_joins
 from normfree.signal.tape import Node, Tape
 
-_GATES = {"_softmax", "_safe_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_", "tanh", "tanh_"}
+_GATES = GATES | {"tanh", "tanh_"}
 _PRODUCTS = {"mul", "mul_"}
 
 

@@ -80,9 +80,9 @@ class SignalFigure:
                     charts[0].layer[0] = charts[0].layer[0].add_params(shown)
                 line = alt.hconcat(*charts, spacing=24)
                 lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
-        chart = alt.vconcat(*lines, *self.below, spacing=28)
+        chart = alt.vconcat(*lines, spacing=28)
         if self.below:
-            chart = chart.resolve_scale(color="independent")
+            chart = alt.vconcat(chart, *self.below, spacing=28).resolve_scale(color="independent")
         if titled and self.title:
             caption = self._caption()
             chart = chart.properties(

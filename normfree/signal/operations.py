@@ -30,6 +30,7 @@ VIEWS = RESHAPES | {
 }  # fmt: skip
 ADDITIONS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0, "addcmul": 1.0, "addcmul_": 1.0}
 SCALINGS = {"mul", "mul_", "div", "div_", "neg", "neg_"}
+GATES = {"_softmax", "_safe_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"}
 NOT_A_FUNCTION_OF_VALUES = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from normfree.signal.operations import VIEWS
+from normfree.signal.operations import GATES, VIEWS
 from normfree.signal.tape import Node, Operand, Tape
 
 # Between an addition and the softmax or gate that consumes it.
 _ELEMENTWISE = VIEWS | {"mul", "div", "add", "mul_", "div_", "add_", "masked_fill", "masked_fill_"}
 _PRODUCTS = {"mul", "mul_", "bmm", "mm", "baddbmm", "addcmul"}
-_GATES = {"_softmax", "_safe_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"}
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,8 @@ def _feeds_only_gates(node: Node, children: dict[int, list[Node]]) -> bool:
     """Whether all that follows is a softmax or a gate whose result multiplies another activation."""
     followers = children[node.index]
     for _ in range(8):
-        gates = [child for child in followers if child.op in _GATES]
-        rest = [child for child in followers if child.op not in _GATES]
+        gates = [child for child in followers if child.op in GATES]
+        rest = [child for child in followers if child.op not in GATES]
         if gates and not rest:
             return all(_multiplies(gate, children) for gate in gates)
         if not followers or gates or any(child.op not in _ELEMENTWISE for child in rest):

@@ -59,7 +59,7 @@ def panel(found: list[dict[str, Any]]) -> Any:
         alt.Chart(alt.Data(values=found), width=300, height=220, title=title)
         .mark_line(point=True)
         .encode(
-            x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
+            x=alt.X("epoch:O", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("accuracy:Q", title="Test accuracy, %").scale(domain=[0, 100]),
             color=color,
         )
