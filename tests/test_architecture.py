@@ -23,7 +23,7 @@ LAYERS = {
     "benchmarks": {"benchmarks", "fold", "models", "nn", "signal"},
     "images": set(),
     "sources": {"models", "errors"},
-    "training": {"training", "models", "signal", "sources", "images", "errors", "plotting"},
+    "training": {"training", "convert", "models", "signal", "sources", "images", "errors", "plotting"},
     "studies": {"studies", "training", "models", "signal", "sources", "images", "errors", "plotting"},
     "cli": {
         "cli",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normfree.convert.structure import branch_ends
 from normfree.errors import SignalError
@@ -20,13 +20,14 @@ _PASSES = 4
 _CLOSE = 0.02
 
 
-def calibrate(model: nn.Module, layers: Mapping[str, ScaledWS], run: Callable[[Tape], None]) -> float:
-    """Set `in_scale` of the layers, in the order in which they run, with open branches.
+def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run: Callable[[Tape], None]) -> float:
+    """Set `in_scale` of the layers, and the biases of some, in the order in which they run, with open branches.
 
     A layer's output gets the variance that a normalizer with its gains would give it, that is the mean square of the
-    gains, times `out_scale`²; one that ends residual branches such that they have it where they join. `run` runs the
-    model, recorded on a tape. Gates are not linear in what they are given, so this is repeated, up to four times, until
-    branches are within 2 %. The largest relative departure of a branch's variance is returned.
+    gains, times `out_scale`²; one that ends residual branches such that they have it where they join. Channels of the
+    layers in `shifts` get the means that these say. `run` runs the model, recorded on a tape. Gates are not linear in
+    what they are given, so this is repeated, up to four times, until branches are within 2 %. The largest relative
+    departure of a branch's variance is returned.
 
     Raises SignalError for an output that is constant or not finite.
     """
@@ -35,7 +36,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, ScaledWS], run: Callable[[T
     with _open(layers.values()):
         for _ in range(_PASSES):
             tape = Tape()
-            with _scaling(layers, target):
+            with _scaling(layers, shifts, target):
                 run(tape)
             wanted: dict[str, list[float]] = defaultdict(list)
             for operand, paths in branch_ends(tape).values():
@@ -63,9 +64,12 @@ def _square(layer: ScaledWS) -> float:
 
 
 @contextlib.contextmanager
-def _scaling(layers: Mapping[str, ScaledWS], target: Mapping[str, float]) -> Iterator[None]:
+def _scaling(
+    layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], target: Mapping[str, float]
+) -> Iterator[None]:
     """Every layer that runs is rescaled to its target; one that runs several times to the mean over its calls."""
     seen: dict[str, list[float]] = defaultdict(list)  # variance over target, at in_scale 1
+    means: dict[str, list[Tensor]] = defaultdict(list)  # of the channels, at in_scale 1, without bias
 
     def rescale(path: str, layer: ScaledWS, _: Any, out: Tensor) -> Tensor:
         before = float(layer.in_scale)
@@ -78,8 +82,13 @@ def _scaling(layers: Mapping[str, ScaledWS], target: Mapping[str, float]) -> Ite
         layer.in_scale.fill_(after)
         if layer.bias is None:
             return out.mul_(after / before)
-        shift = (layer.bias * layer.out_scale.to(out.dtype)).view(-1, *[1] * (layer.weight.ndim - 2))
-        return out.sub_(shift).mul_(after / before).add_(shift)
+        out.sub_(_broadcast(layer.bias, layer, out))
+        if path in shifts:
+            spatial = [axis for axis in range(out.ndim) if axis != 1]
+            means[path].append(out.double().mean(spatial) / (before * layer.out_scale))
+            mean = torch.stack(means[path]).mean(0) * after
+            layer.bias.copy_(shifts[path].double() - mean)
+        return out.mul_(after / before).add_(_broadcast(layer.bias, layer, out))
 
     handles = [layer.register_forward_hook(functools.partial(rescale, path)) for path, layer in layers.items()]
     try:
@@ -87,6 +96,11 @@ def _scaling(layers: Mapping[str, ScaledWS], target: Mapping[str, float]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _broadcast(bias: Tensor, layer: ScaledWS, out: Tensor) -> Tensor:
+    """What a bias adds to the output, of shape (out_channels, 1, …)."""
+    return (bias * layer.out_scale.to(bias.dtype)).to(out.dtype).view(-1, *[1] * (out.ndim - 2))
 
 
 @contextlib.contextmanager

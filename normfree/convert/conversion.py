@@ -95,8 +95,10 @@ def convert(
     `ScaledWSConv` with the same weights; the normalizer becomes the identity, keeping an activation and a dropout that
     it carries; its scale and shift become gain and bias where it took a convolution's output as it was. The last
     convolution of each residual branch gets α and a SkipInit gain (1, or 0 where the normalizer's weight was 0). Then
-    every layer's `in_scale` is set so that on the images its output has unit variance, at the end of a branch where
-    it joins. Modules are replaced, no forward is touched. The function is not preserved; the weights are.
+    every layer's `in_scale` is set so that on the images its output has the variance that the normalizer would have
+    given it, at the end of a branch where it joins, and its bias so that its channels have those means. Modules are
+    replaced, no forward is touched. The weights are preserved, up to a factor per layer that standardization ignores;
+    the function is not.
 
     images     a batch, as for `characterize`, or a DataLoader, of which the first 64 images are taken
     alpha      what branches of unit variance are multiplied by
@@ -131,7 +133,8 @@ def convert(
         take_over(layer, *scales.get(path, (layer.gain, layer.bias)))
         if path in structure.ends:
             layer.out_scale.fill_(alpha)
-    departure = calibrate(model, layers, lambda tape: _run(model, tape, args, kwargs))
+    shifts = {path: bias.detach().clone() for path in scales if (bias := layers[path].bias) is not None}
+    departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
     return Conversion(model, changes, before, characterize(model, _batch(images, model)), departure, plan)
 
 

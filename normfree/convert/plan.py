@@ -120,8 +120,15 @@ def affine(model: nn.Module, norm: str) -> tuple[Tensor | None, Tensor | None]:
 
 
 def take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> None:
-    """A normalizer's scale and shift as gain and bias, trained if they were; a scale of 0 closes a branch instead."""
+    """A normalizer's scale and shift as gain and bias, trained if they were; a scale of 0 closes a branch instead.
+
+    The weight is divided by the norm of its filters, which standardization ignores but a learning rate does not.
+    """
     with torch.no_grad():
+        if layer.standardize:
+            filters = layer.weight.flatten(1)
+            norm = (filters - filters.mean(1, keepdim=True)).square().sum(1).mean().sqrt()
+            layer.weight.div_(norm if norm > 0 else 1)
         if weight is not None and layer.skip_gain is not None and not bool(weight.any()):
             layer.skip_gain.zero_()
         elif weight is not None:

@@ -91,7 +91,13 @@ class SignalFigure:
         chart = (
             chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.5)
             .configure_legend(
-                labelFontSize=12, titleFontSize=12, labelLimit=0, symbolStrokeWidth=3, orient="top", columns=4
+                labelFontSize=12,
+                titleFontSize=12,
+                labelLimit=0,
+                titleLimit=0,
+                symbolStrokeWidth=3,
+                orient="top",
+                columns=4,
             )
             .configure_view(stroke="#cccccc")
         )

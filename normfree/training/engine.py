@@ -15,7 +15,7 @@ from torch import nn
 from normfree.errors import TrainingError
 from normfree.training.batches import Batch
 from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
-from normfree.training.evaluation import Accuracy, evaluate
+from normfree.training.evaluation import PLAN, Accuracy, evaluate
 from normfree.training.faults import locate
 from normfree.training.interruption import Interruption
 from normfree.training.log import COLUMNS, Screen, Table
@@ -80,6 +80,8 @@ class Training:
         if accelerator.is_main_process:
             self.checkpoints.clean()
             _write(out / "config.json", recipe.to_json())
+            if self.setup.plan is not None:
+                _write(out / PLAN, self.setup.plan.to_json() + "\n")
         accelerator.wait_for_everyone()
 
     # ---- the run

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_model
 from torch import Tensor, nn
 
+from normfree.convert import Plan
 from normfree.errors import TrainingError
 from normfree.training import data as datasets
 from normfree.training.batches import Batch, Examples, Parts, loader
@@ -18,6 +19,9 @@ from normfree.training.model import build, model_channels, sizes
 from normfree.training.recipe import Recipe
 from normfree.training.setup import accelerated, testing_order
 from normfree.training.transforms import testing_transform
+
+PLAN = "plan.json"
+"""In the folder of a run that began with a conversion: which modules it replaced."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ def evaluate_run(
     if (tested.classes, tested.names) != (known.classes, known.names):
         raise ValueError(f"{data} has other classes than {recipe.data}, which the network knows")
     network = build(recipe, known)
+    if recipe.convert:
+        Plan.from_json((run / PLAN).read_text(encoding="utf-8")).apply(network)
     if weights is None:
         found = [run / name for name in ("model_ema.safetensors", "model.safetensors")]
         weights = next((path for path in found if path.exists()), None)

@@ -20,6 +20,7 @@ class Recipe:
 
     model: str  # as on the command line: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory
     model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
+    convert: bool = False  # first replace the model's normalizers, its signal set on training images
     data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
     image_size: int | None = None  # pixels; None: the model's own
     test_size: int | None = None

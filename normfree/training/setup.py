@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from normfree.convert import Plan, convert
 from normfree.training import data as datasets
 from normfree.training.batches import Examples, Order, Parts, collate, loader
 from normfree.training.data import Data
@@ -15,6 +16,8 @@ from normfree.training.mixing import Mixing
 from normfree.training.model import build, model_channels, sizes, weight_decay
 from normfree.training.recipe import Recipe
 from normfree.training.transforms import testing_transform, training_transform
+
+_CALIBRATION = 64  # images that a conversion sets the signal on
 
 
 class Setup:
@@ -35,6 +38,7 @@ class Setup:
             labels=None if recipe.cut == "shuffled" else self.data.train.labels,
         )  # fmt: skip
         self._load_data()
+        self.plan = self._convert() if recipe.convert else None
         self._prepare()
 
     def _load_data(self) -> None:
@@ -46,15 +50,22 @@ class Setup:
         mixing = Mixing(recipe.mixup, recipe.cutmix, self.data.classes, recipe.seed) if self.order.even else collate
         settings: dict[str, Any] = {"workers": recipe.workers, "pin": accelerator.device.type == "cuda"}
         transform = training_transform(recipe, self.data, train_size, channels)
-        self.train_batches = loader(
-            Examples(self.data.train, transform, recipe.seed, training=True), self.parts, collate=mixing, **settings
-        )
+        self.examples = Examples(self.data.train, transform, recipe.seed, training=True)
+        self.train_batches = loader(self.examples, self.parts, collate=mixing, **settings)
         transform = testing_transform(self.data, test_size, channels)
         self.test_batches = loader(
             Examples(self.data.test, transform, recipe.seed, training=False),
             Parts(test_order, accelerator.process_index, accelerator.num_processes),
             **settings,
         )
+
+    def _convert(self) -> Plan:
+        """Replace the normalizers of the model; the plan that was followed. Equal on all processes."""
+        keys = self.order.step(0, 0)[:_CALIBRATION]
+        images = torch.stack([self.examples[key].image for key in keys]).to(self.dtype)
+        conversion = convert(self.model, images)
+        self.model = conversion.model
+        return conversion.plan
 
     def _prepare(self) -> None:
         from timm.optim import create_optimizer_v2

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,22 @@ def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, 
     with pytest.raises(ValueError, match="would import and call a_stranger_s:net"):
         evaluate_run(tmp_path / "run")
     assert evaluate_run(tmp_path / "run", model="a_stranger_s:net").examples == 359
+
+
+def test_a_converted_network_trains_and_goes_on(tmp_path):
+    recipe = dataclasses.replace(
+        TINY, model="timm:resnet10t", model_args=(), convert=True, batch=256, lr=0.01, epochs=2
+    )
+    whole = train(recipe, tmp_path / "run", quiet=True)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert not any("running_mean" in name for name in weights)
+    assert sum(name.endswith("in_scale") for name in weights) > 8
+    assert evaluate_run(tmp_path / "run") == whole.accuracy
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    again = train(recipe, tmp_path / "run", resume="auto", quiet=True)
+    assert again.accuracy == whole.accuracy
+    with pytest.raises(ValueError, match="nothing in NFResNet can be converted"):
+        train(dataclasses.replace(TINY, convert=True), tmp_path / "other", quiet=True)
 
 
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
