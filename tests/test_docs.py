@@ -11,7 +11,7 @@ import pytest
 from normfree.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "results").glob("*.md"))]
 
 
 def blocks(page, language):
@@ -58,3 +58,14 @@ def test_links_and_pictures_are_there():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} refers to {target}"
+
+
+def test_pages_of_results_show_their_tables_as_they_are():
+    results = ROOT / "docs" / "results"
+    pages = [page.read_text() for page in results.glob("*.md")]
+    tables = list(results.glob("*/table.md"))
+    assert tables
+    for table in tables:
+        folder = table.parent.name
+        assert any(table.read_text() in page and f"--out docs/results/{folder}" in page for page in pages), folder
+        assert {path.name for path in table.parent.glob("*.*")} >= {"trainings.csv", "results.csv", "chart.png"}

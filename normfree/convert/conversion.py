@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from normfree.convert.calibration import calibrate
-from normfree.convert.plan import Change, Plan, affine, kept_norms, list_changes, make_plan, take_over
+from normfree.convert.plan import Change, Plan, kept_norms, list_changes, make_plan
 from normfree.convert.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.signal import SignalReport, characterize
@@ -112,9 +112,10 @@ def convert(
     """
     _check(model, alpha, norms, depthwise)
     paths = _selected(model, norms, exclude)
-    before = characterize(model, _batch(images, model))
+    images = _batch(images)
+    before = characterize(model, images)
     model = model if inplace else copy.deepcopy(model)
-    args, kwargs = as_call(_batch(images, model), model)
+    args, kwargs = as_call(images, model)
     tape = Tape()
     _run(model, tape, args, kwargs)
     structure = read_structure(tape, paths)
@@ -127,15 +128,13 @@ def convert(
         )
     plan = make_plan(model, structure, removed, scale_depthwise=depthwise == "scale")
     changes = list_changes(model, plan, kept, structure)
-    scales = {layer: affine(model, norm) for norm, layer in structure.direct.items() if norm in removed}
     layers = plan.apply(model)
-    for path, layer in layers.items():
-        take_over(layer, *scales.get(path, (layer.gain, layer.bias)))
-        if path in structure.ends:
-            layer.out_scale.fill_(alpha)
-    shifts = {path: bias.detach().clone() for path in scales if (bias := layers[path].bias) is not None}
+    for planned in plan.layers:
+        layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
+    after_norms = [planned.path for planned in plan.layers if planned.norm is not None]
+    shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
     departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
-    return Conversion(model, changes, before, characterize(model, _batch(images, model)), departure, plan)
+    return Conversion(model, changes, before, characterize(model, images), departure, plan)
 
 
 def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
@@ -146,14 +145,8 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         with safe_open(str(path), "pt") as file:
             plan = Plan.from_json((file.metadata() or {})[_PLAN])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
         plan.apply(model)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        # Of tensors that are shared one name is kept.
-        shared = {id(t) for name, t in model.state_dict(keep_vars=True).items() if name in state}
-        missing = [name for name in missing if id(model.state_dict(keep_vars=True)[name]) not in shared]
-        if missing or unexpected:
-            raise ValueError(f"{(missing + unexpected)[0]} does not fit")
+        load_model(model, str(path))
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -183,7 +176,7 @@ def _check(model: Any, alpha: float, norms: Sequence[str], depthwise: str) -> No
         raise ValueError(f"alpha is {alpha}; it must be positive")
 
 
-def _batch(images: Any, model: nn.Module) -> Any:
+def _batch(images: Any) -> Any:
     """The inputs as `characterize` takes them; of a DataLoader the first 64 images."""
     if not isinstance(images, DataLoader):
         return images
@@ -208,12 +201,6 @@ def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) ->
     if "" in found:
         raise ValueError("the model is a normalizer itself")
     return found
-
-
-def _excluded(path: str, exclude: Sequence[str]) -> bool:
-    parts = path.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
 
 
 def _run(model: nn.Module, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

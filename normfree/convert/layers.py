@@ -19,6 +19,7 @@ class Planned:
     """How one weight layer is replaced."""
 
     path: str
+    norm: str | None  # path of the normalizer whose scale and shift become its gain and bias
     bias: bool
     skip_gain: bool
     standardize: bool

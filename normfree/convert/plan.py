@@ -49,9 +49,14 @@ class Plan:
         modules = dict(model.named_modules())
         for path in self.settled:
             modules[path].inplace = False
-        layers = {planned.path: scaled(modules[planned.path], planned) for planned in self.layers}
-        for path, layer in layers.items():
-            put(model, modules[path], layer)
+        layers = {}
+        for planned in self.layers:
+            layer = layers[planned.path] = scaled(modules[planned.path], planned)
+            if planned.norm is not None:
+                _take_over(layer, *_affine(modules[planned.norm]))
+            if planned.standardize:
+                _normalize(layer.weight)
+            put(model, modules[planned.path], layer)
         for norm in self.removed:
             put(model, modules[norm.path], without(modules[norm.path], norm))
         return layers
@@ -85,9 +90,10 @@ def make_plan(model: nn.Module, structure: Structure, removed: Sequence[str], *,
         conv: Any = model.get_submodule(path)
         norm = norm_of.get(path)
         # A bias before a normalizer is without effect; after it comes the normalizer's.
-        bias = conv.bias is not None if norm is None else affine(model, norm)[1] is not None
+        bias = conv.bias is not None if norm is None else _affine(model.get_submodule(norm))[1] is not None
         depthwise = conv.groups == conv.in_channels > 1
-        layers.append(Planned(path, bias, path in structure.ends, standardize=not (depthwise and scale_depthwise)))
+        standardize = not (depthwise and scale_depthwise)
+        layers.append(Planned(path, norm, bias, path in structure.ends, standardize))
     for path in removed:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
         writers = set() if path in structure.direct else structure.overwritten.get(path, set())
@@ -105,7 +111,7 @@ def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str], structure: 
     for planned in plan.layers:
         found[planned.path] = ("replaced", "ends a residual branch" * planned.skip_gain)
     for norm in plan.removed:
-        weight, bias = affine(model, norm.path)
+        weight, bias = _affine(model.get_submodule(norm.path))
         neutral = (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any()))
         lost = norm.path not in structure.direct and not neutral
         found[norm.path] = ("removed", "its scale and shift are lost: they stood on a sum" * lost)
@@ -113,22 +119,14 @@ def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str], structure: 
     return tuple(Change(path, type(model.get_submodule(path)).__name__, *found[path]) for path in order)
 
 
-def affine(model: nn.Module, norm: str) -> tuple[Tensor | None, Tensor | None]:
-    """A normalizer's scale and shift."""
-    module = model.get_submodule(norm)
-    return getattr(module, "weight", None), getattr(module, "bias", None)
+def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Its scale and shift."""
+    return getattr(norm, "weight", None), getattr(norm, "bias", None)
 
 
-def take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> None:
-    """A normalizer's scale and shift as gain and bias, trained if they were; a scale of 0 closes a branch instead.
-
-    The weight is divided by the norm of its filters, which standardization ignores but a learning rate does not.
-    """
+def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> None:
+    """A normalizer's scale and shift as gain and bias, trained if they were; a scale of 0 closes a branch instead."""
     with torch.no_grad():
-        if layer.standardize:
-            filters = layer.weight.flatten(1)
-            norm = (filters - filters.mean(1, keepdim=True)).square().sum(1).mean().sqrt()
-            layer.weight.div_(norm if norm > 0 else 1)
         if weight is not None and layer.skip_gain is not None and not bool(weight.any()):
             layer.skip_gain.zero_()
         elif weight is not None:
@@ -136,6 +134,14 @@ def take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> No
         if layer.bias is not None and bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone().to(layer.weight), requires_grad=bias.requires_grad)
     layer.gain.requires_grad_(weight is not None and weight.requires_grad)
+
+
+def _normalize(weight: Tensor) -> None:
+    """Filters of unit norm on average: standardization ignores their norm, but a learning rate acts through it."""
+    with torch.no_grad():
+        filters = weight.flatten(1)
+        norm = (filters - filters.mean(1, keepdim=True)).square().sum(1).mean().sqrt()
+        weight.div_(norm if norm > 0 else 1)
 
 
 def _excluded(path: str, exclude: Sequence[str]) -> bool:
