@@ -144,7 +144,7 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            plan = Plan.from_json((file.metadata() or {})[_PLAN])
+            plan = Plan.from_json((file.metadata() or {}).get(_PLAN, ""))
         plan.apply(model)
         load_model(model, str(path))
     except FileNotFoundError:

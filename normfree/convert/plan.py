@@ -39,14 +39,20 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Raises KeyError, TypeError or ValueError for what is no plan."""
-        plan = json.loads(text)
-        layers = tuple(Planned(**layer) for layer in plan["layers"])
-        return cls(layers, tuple(Removed(**norm) for norm in plan["removed"]), tuple(plan["settled"]))
+        """Raises ValueError for what is no plan."""
+        try:
+            plan = json.loads(text)
+            layers = tuple(Planned(**layer) for layer in plan["layers"])
+            return cls(layers, tuple(Removed(**norm) for norm in plan["removed"]), tuple(plan["settled"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"it holds no plan of a conversion ({error!r})") from error
 
     def apply(self, model: nn.Module) -> dict[str, ScaledWS]:
-        """Replace the modules; the new weight layers by path. Raises KeyError for a path that does not exist."""
+        """Replace the modules; the new weight layers by path. Raises ValueError for a network that has others."""
         modules = dict(model.named_modules())
+        wanted = {planned.path for planned in self.layers} | {norm.path for norm in self.removed} | set(self.settled)
+        if not wanted <= modules.keys():
+            raise ValueError(f"{type(model).__name__} has no {min(wanted - modules.keys())}")
         for path in self.settled:
             modules[path].inplace = False
         layers = {}
