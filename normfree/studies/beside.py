@@ -1,6 +1,7 @@
 """What stands beside the accuracies in a study's table."""
 
 import csv
+import functools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def signals(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]
     }
 
 
+@functools.cache
 def macs(recipe: Recipe) -> int:
     """Multiply-accumulates of one training image, for 1000 classes."""
     with torch.device("meta"):

@@ -12,15 +12,15 @@ from normfree.training import RECIPES, train
 from normfree.training.curves import points
 
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "BatchNorm": ("bn_resnet50", ()),
-    "nothing": ("unnormalized_resnet50", ()),
-    "normalizer-free": ("nf_resnet50", ("skip_gain=null",)),
+    "BatchNorm": ("bn_resnet26", ()),
+    "nothing": ("unnormalized_resnet26", ()),
+    "normalizer-free": ("nf_resnet26", ("skip_gain=null",)),
 }
 BATCH = 4
 
 
 def small_batch(*, epochs: int = 2, advance: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
-    """Test accuracy on the digits after every epoch of narrow ResNet-50s, trained alike on batches of four.
+    """Test accuracy on the digits after every epoch of narrow ResNet-26s, trained alike on batches of four.
 
     Dictionaries of network, epoch and accuracy. `advance` is called with what comes next, three times. A network whose
     loss is not finite has no more points.

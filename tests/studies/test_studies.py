@@ -21,7 +21,7 @@ def small(name):
         recipe = cell.recipe
         if recipe.model_args:
             recipe = dataclasses.replace(recipe, model_args=("width=0.25", *recipe.model_args[1:]))
-        cells.append(dataclasses.replace(cell, recipe=dataclasses.replace(recipe, batch=recipe.batch * 2)))
+        cells.append(dataclasses.replace(cell, recipe=dataclasses.replace(recipe, batch=recipe.batch * 6)))
     return dataclasses.replace(toy, cells=tuple(cells))
 
 
