@@ -48,7 +48,7 @@ class Conversion:
 
     @property
     def kept(self) -> list[Change]:
-        """The normalizers that are still there, and the layers that could not be replaced."""
+        """The normalizers that are still there, and why."""
         return [change for change in self.changes if change.action == "kept"]
 
     def __str__(self) -> str:
