@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfree.fold import fold, has_scaled_convolutions
+from normfree.fold import fold, has_scaled_layers
 
 Format = Literal["onnx", "pt2"]
 
@@ -41,7 +41,7 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no 2-D convolution: the shape of its images is not known")
-    model = fold(model) if has_scaled_convolutions(model) else model
+    model = fold(model) if has_scaled_layers(model) else model
     was_training = [module for module in model.modules() if module.training]
     path = Path(path)
     try:

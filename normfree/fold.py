@@ -1,4 +1,4 @@
-"""Effective weights baked into plain convolutions: the same network, for inference and export."""
+"""Effective weights baked into plain layers: the same network, for inference and export."""
 
 import copy
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.nn.conv import SamePadding, ScaledWS
+from normfree.nn.conv import SamePadding
+from normfree.nn.plain import arguments_of, kind_of
+from normfree.nn.scaled import ScaledWS
 
 
-class _Folded(SamePadding):
-    """A plain convolution whose weight was computed from parameters that are gone: it does not train."""
+class _Folded(nn.Module):
+    """A plain layer whose weight was computed from parameters that are gone: it does not train."""
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -18,24 +20,49 @@ class _Folded(SamePadding):
         return super().train(mode)
 
 
-class FoldedConv1d(_Folded, nn.Conv1d):
+class FoldedConv1d(_Folded, SamePadding, nn.Conv1d):
     """`torch.nn.Conv1d` that holds an effective weight."""
 
 
-class FoldedConv2d(_Folded, nn.Conv2d):
+class FoldedConv2d(_Folded, SamePadding, nn.Conv2d):
     """`torch.nn.Conv2d` that holds an effective weight."""
 
 
-class FoldedConv3d(_Folded, nn.Conv3d):
+class FoldedConv3d(_Folded, SamePadding, nn.Conv3d):
     """`torch.nn.Conv3d` that holds an effective weight."""
 
 
-def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """`model` with a plain convolution in place of every `ScaledWSConv1d/2d/3d` and of timm's `ScaledStdConv2d(Same)`.
+class FoldedConvTranspose1d(_Folded, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` that holds an effective weight."""
 
-    The plain convolution holds the effective weight and bias, so outputs are equal up to rounding and nothing is
-    computed from weights any more. The result is in eval mode, its folded parameters need no gradient, and putting it
-    into training mode raises RuntimeError. A copy is folded unless `inplace`.
+
+class FoldedConvTranspose2d(_Folded, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` that holds an effective weight."""
+
+
+class FoldedConvTranspose3d(_Folded, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` that holds an effective weight."""
+
+
+class FoldedLinear(_Folded, nn.Linear):
+    """`torch.nn.Linear` that holds an effective weight."""
+
+
+_FOLDED: dict[type[nn.Module], Any] = {
+    folded.__bases__[-1]: folded
+    for folded in (
+        FoldedConv1d, FoldedConv2d, FoldedConv3d, FoldedConvTranspose1d, FoldedConvTranspose2d, FoldedConvTranspose3d,
+        FoldedLinear,
+    )
+}  # fmt: skip
+
+
+def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """`model` with a plain layer in place of every `ScaledWS…` and of timm's `ScaledStdConv2d(Same)`.
+
+    The plain layer holds the effective weight and bias, so outputs are equal up to rounding and nothing is computed
+    from weights any more. The result is in eval mode, its folded parameters need no gradient, and putting it into
+    training mode raises RuntimeError. A copy is folded unless `inplace`.
 
     Raises ValueError where there is nothing to fold.
     """
@@ -46,7 +73,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(module, ScaledWS) or _is_timm_scaled(module):
             replacements[module] = _plain(module)
     if not replacements:
-        raise ValueError(f"{type(model).__name__} has no scaled weight-standardized convolution: nothing to fold")
+        raise ValueError(f"{type(model).__name__} has no layer with scaled standardized weights: nothing to fold")
     if model in replacements:
         return replacements[model]
     for module in list(model.modules()):
@@ -56,22 +83,21 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def has_scaled_convolutions(model: nn.Module) -> bool:
+def has_scaled_layers(model: nn.Module) -> bool:
     """Whether `fold` has something to fold."""
     return any(isinstance(module, ScaledWS) or _is_timm_scaled(module) for module in model.modules())
 
 
-def _plain(conv: Any) -> nn.Module:
-    kind = (FoldedConv1d, FoldedConv2d, FoldedConv3d)[conv.weight.ndim - 3]
+def _plain(layer: Any) -> nn.Module:
     with torch.no_grad():
-        weight, bias = conv.effective_parameters() if isinstance(conv, ScaledWS) else _timm_parameters(conv)
-    # timm's Same variant pads like TensorFlow where its padding cannot be a constant.
-    padding = "same" if getattr(conv, "same_pad", False) else conv.padding
+        weight, bias = layer.effective_parameters() if isinstance(layer, ScaledWS) else _timm_parameters(layer)
+    kind = kind_of(layer)
+    assert kind is not None
+    arguments = arguments_of(layer)
+    if getattr(layer, "same_pad", False):  # timm's Same variant pads like TensorFlow where its padding is no constant
+        arguments["padding"] = "same"
     with torch.device("meta"):
-        plain = kind(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups,
-            bias is not None, conv.padding_mode,
-        )  # fmt: skip
+        plain: Any = _FOLDED[kind](**arguments, bias=bias is not None)
     plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

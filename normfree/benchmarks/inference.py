@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from normfree.benchmarks.measure import Setting, in_processes, interleave, ratios, serve
-from normfree.fold import fold, has_scaled_convolutions
+from normfree.fold import fold, has_scaled_layers
 
 PEERS = ("torchvision resnet50",)
 
@@ -23,7 +23,7 @@ def _measure(setting: Setting) -> dict[str, list[float]]:
     steps = {}
     for name, model, x in setting.candidates():
         model.eval()
-        steps[name] = _step(fold(model) if has_scaled_convolutions(model) else _without_batch_norm(model), x)
+        steps[name] = _step(fold(model) if has_scaled_layers(model) else _without_batch_norm(model), x)
     return interleave(steps, setting.ours, rounds=setting.rounds)
 
 

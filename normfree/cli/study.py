@@ -27,7 +27,7 @@ def study(
         data: As for `normfree train`.
         seeds: Trainings per cell.
         budget: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
-        only: Train these columns of the table; others are shown as far as they are there.
+        only: Train these rows and columns of the table; others are shown as far as they are there.
         out: Folder of the results; studies/NAME by default.
     """
     from normfree.studies.claims import study as defined
@@ -40,6 +40,6 @@ def study(
     folder = out or Path("studies") / name
     folder.mkdir(parents=True, exist_ok=True)
     print(one.claim)
-    entries = run(one, folder, seeds=seeds, columns=only, said=lambda text: print(text, flush=True))
+    entries = run(one, folder, seeds=seeds, only=only, said=lambda text: print(text, flush=True))
     show_table(*table(one, entries, folder))
     announce(write(one, folder, entries))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normfree.convert.structure import branch_ends
 from normfree.errors import SignalError
-from normfree.nn.conv import ScaledWS
+from normfree.nn.scaled import ScaledWS
 from normfree.signal.statistics import channel_statistics
 from normfree.signal.tape import Tape
 
@@ -73,7 +73,7 @@ def _scaling(
 
     def rescale(path: str, layer: ScaledWS, _: Any, out: Tensor) -> Tensor:
         before = float(layer.in_scale)
-        variance = float(channel_statistics(out, 1)[1]) / _square(layer)
+        variance = float(channel_statistics(out, layer.channel_axis % out.ndim)[1]) / _square(layer)
         if not 0 < variance < math.inf:
             what = "is constant" if variance == 0 else "is not finite"
             raise SignalError(f"the output of {path} {what} on these inputs: its variance cannot be set")
@@ -84,8 +84,8 @@ def _scaling(
             return out.mul_(after / before)
         out.sub_(_broadcast(layer.bias, layer, out))
         if path in shifts:
-            spatial = [axis for axis in range(out.ndim) if axis != 1]
-            means[path].append(out.double().mean(spatial) / (before * layer.out_scale))
+            others = [axis for axis in range(out.ndim) if axis != layer.channel_axis % out.ndim]
+            means[path].append(out.double().mean(others) / (before * layer.out_scale))
             mean = torch.stack(means[path]).mean(0) * after
             layer.bias.copy_(shifts[path].double() - mean)
         return out.mul_(after / before).add_(_broadcast(layer.bias, layer, out))
@@ -99,8 +99,9 @@ def _scaling(
 
 
 def _broadcast(bias: Tensor, layer: ScaledWS, out: Tensor) -> Tensor:
-    """What a bias adds to the output, of shape (out_channels, 1, …)."""
-    return (bias * layer.out_scale.to(bias.dtype)).to(out.dtype).view(-1, *[1] * (out.ndim - 2))
+    """What a bias adds to the output, in a shape that broadcasts along the output's channels."""
+    behind = out.ndim - 1 - layer.channel_axis % out.ndim
+    return (bias * layer.out_scale.to(bias.dtype)).to(out.dtype).view(-1, *[1] * behind)
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def convert(
             f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
         )
     plan = make_plan(model, structure, removed, scale_depthwise=depthwise == "scale")
-    changes = list_changes(model, plan, kept, structure)
+    changes = list_changes(model, plan, kept)
     layers = plan.apply(model)
     for planned in plan.layers:
         layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)

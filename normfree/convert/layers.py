@@ -6,12 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
-from normfree.nn.conv import SameConv2d, ScaledWS
+from normfree import nn as scaled_layers
+from normfree.nn.conv import SameConv2d
+from normfree.nn.plain import KINDS, arguments_of, kind_of
+from normfree.nn.scaled import ScaledWS
+from normfree.signal.preparation import is_quantized
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_SCALED = (ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d)
-_LEFT = {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear}
+_SCALED: dict[type[nn.Module], type[ScaledWS]] = {
+    kind: getattr(scaled_layers, f"ScaledWS{kind.__name__}") for kind in KINDS
+}
+_CONVOLUTION = nn.modules.conv._ConvNd
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,28 @@ def refusal(module: nn.Module) -> str:
     """Why a weight layer cannot be replaced; "" if it can."""
     if isinstance(module, ScaledWS):
         return "it is scaled and weight-standardized already"
-    if type(module) in _LEFT:
-        return f"a {type(module).__name__} is not supported"
-    if not isinstance(module, _CONVOLUTIONS):
+    if is_quantized(module):
+        return f"it is quantized ({type(module).__module__}.{type(module).__name__})"
+    kind = kind_of(module)
+    if kind is None:
         return f"its weight is used by a {type(module).__name__}, which is no layer of torch.nn: a functional call"
-    if _is_same(module):
-        return ""
-    kind: Any = next(c for c in _CONVOLUTIONS if isinstance(module, c))
-    if type(module).forward is not kind.forward or type(module)._conv_forward is not kind._conv_forward:
-        return f"a {type(module).__name__} computes something of its own"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized"
+    if _is_same(module):
+        return ""
+    if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward")):
+        return f"a {type(module).__name__} computes something of its own"
     return ""
+
+
+def is_depthwise(module: Any) -> bool:
+    """Whether it is a convolution with one channel per group."""
+    return isinstance(module, _CONVOLUTION) and module.groups == module.in_channels > 1
+
+
+def out_channels(module: Any) -> int:
+    """Of a weight layer that is not refused."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
 @dataclass(frozen=True)
@@ -58,21 +72,23 @@ class Copy(nn.Module):
         return x.clone()
 
 
-def scaled(conv: Any, planned: Planned) -> ScaledWS:
-    """The convolution with scaled weight standardization; it holds the same weight."""
-    kind = _SCALED[conv.weight.ndim - 3]
-    weight = conv.weight
+def scaled(plain: Any, planned: Planned) -> ScaledWS:
+    """The layer with scaled weight standardization; it holds the same weight."""
+    weight = plain.weight
+    kind = kind_of(plain)
+    assert kind is not None
+    arguments = arguments_of(plain)
+    if _is_same(plain):
+        arguments["padding"] = "same"
     with torch.random.fork_rng(devices=[]):
-        layer = kind(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-            "same" if _is_same(conv) else conv.padding, conv.dilation, conv.groups, planned.bias, conv.padding_mode,
-            device=weight.device, dtype=weight.dtype, skip_gain=1.0 if planned.skip_gain else None,
-            standardize=planned.standardize,
+        layer = _SCALED[kind](
+            **arguments, bias=planned.bias, device=weight.device, dtype=weight.dtype,
+            skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
         )  # fmt: skip
     layer.weight = weight
-    if planned.bias and conv.bias is not None:
-        layer.bias = conv.bias
-    return layer.train(conv.training)
+    if planned.bias and plain.bias is not None:
+        layer.bias = plain.bias
+    return layer.train(plain.training)
 
 
 def without(norm: Any, removed: Removed) -> nn.Module:

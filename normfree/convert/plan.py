@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfree.convert.layers import Planned, Removed, put, refusal, scaled, without
+from normfree.convert.layers import Planned, Removed, is_depthwise, out_channels, put, refusal, scaled, without
 from normfree.convert.structure import Structure
-from normfree.nn.conv import ScaledWS
+from normfree.nn.scaled import ScaledWS
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Plan:
             if planned.norm is not None:
                 _take_over(layer, *_affine(modules[planned.norm]))
             if planned.standardize:
-                _normalize(layer.weight)
+                _normalize(layer)
             put(model, modules[planned.path], layer)
         for norm in self.removed:
             put(model, modules[norm.path], without(modules[norm.path], norm))
@@ -90,15 +90,14 @@ def kept_norms(model: nn.Module, structure: Structure, norms: set[str], exclude:
 
 def make_plan(model: nn.Module, structure: Structure, removed: Sequence[str], *, scale_depthwise: bool) -> Plan:
     """The plan that removes these normalizers."""
-    norm_of = {layer: norm for norm, layer in structure.direct.items() if norm in removed}
+    norm_of = {layer: norm for norm, layer in structure.direct.items() if norm in removed and _fits(model, norm, layer)}
     layers, norms, settled = [], [], []
     for path in dict.fromkeys(layer for norm in removed for layer in sorted(structure.sources[norm])):
-        conv: Any = model.get_submodule(path)
+        layer: Any = model.get_submodule(path)
         norm = norm_of.get(path)
         # A bias before a normalizer is without effect; after it comes the normalizer's.
-        bias = conv.bias is not None if norm is None else _affine(model.get_submodule(norm))[1] is not None
-        depthwise = conv.groups == conv.in_channels > 1
-        standardize = not (depthwise and scale_depthwise)
+        bias = layer.bias is not None if norm is None else _affine(model.get_submodule(norm))[1] is not None
+        standardize = not (scale_depthwise and is_depthwise(layer))
         layers.append(Planned(path, norm, bias, path in structure.ends, standardize))
     for path in removed:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
@@ -109,20 +108,27 @@ def make_plan(model: nn.Module, structure: Structure, removed: Sequence[str], *,
     return Plan(tuple(layers), tuple(norms), tuple(dict.fromkeys(settled)))
 
 
-def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str], structure: Structure) -> tuple[Change, ...]:
+def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str]) -> tuple[Change, ...]:
     """What the plan does to each layer, in the model's order; before it is applied."""
     found: dict[str, tuple[Literal["replaced", "removed", "kept"], str]] = {
         path: ("kept", why) for path, why in kept.items()
     }
     for planned in plan.layers:
         found[planned.path] = ("replaced", "ends a residual branch" * planned.skip_gain)
+    carried = {planned.norm for planned in plan.layers}
     for norm in plan.removed:
         weight, bias = _affine(model.get_submodule(norm.path))
         neutral = (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any()))
-        lost = norm.path not in structure.direct and not neutral
-        found[norm.path] = ("removed", "its scale and shift are lost: they stood on a sum" * lost)
+        lost = norm.path not in carried and not neutral
+        found[norm.path] = ("removed", "its scale and shift are lost: no single layer can carry them" * lost)
     order = [path for path, _ in model.named_modules() if path in found]
     return tuple(Change(path, type(model.get_submodule(path)).__name__, *found[path]) for path in order)
+
+
+def _fits(model: nn.Module, norm: str, layer: str) -> bool:
+    """Whether the normalizer scales the channels that the layer puts out: a reshape may stand between them."""
+    weight, _ = _affine(model.get_submodule(norm))
+    return weight is None or weight.shape == (out_channels(model.get_submodule(layer)),)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -142,12 +148,12 @@ def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> N
     layer.gain.requires_grad_(weight is not None and weight.requires_grad)
 
 
-def _normalize(weight: Tensor) -> None:
+def _normalize(layer: ScaledWS) -> None:
     """Filters of unit norm on average: standardization ignores their norm, but a learning rate acts through it."""
     with torch.no_grad():
-        filters = weight.flatten(1)
+        filters = layer.filters(layer.weight).flatten(1)
         norm = (filters - filters.mean(1, keepdim=True)).square().sum(1).mean().sqrt()
-        weight.div_(norm if norm > 0 else 1)
+        layer.weight.div_(norm if norm > 0 else 1)
 
 
 def _excluded(path: str, exclude: Sequence[str]) -> bool:

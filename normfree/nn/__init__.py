@@ -12,7 +12,9 @@ from normfree.nn.blocks import (
 )
 from normfree.nn.conv import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
 from normfree.nn.gain import gain, make_activation
+from normfree.nn.linear import ScaledWSLinear
 from normfree.nn.standardize import standardize
+from normfree.nn.transposed import ScaledWSConvTranspose1d, ScaledWSConvTranspose2d, ScaledWSConvTranspose3d
 from normfree.nn.variance import VarianceLedger
 
 __all__ = [
@@ -25,6 +27,10 @@ __all__ = [
     "ScaledWSConv1d",
     "ScaledWSConv2d",
     "ScaledWSConv3d",
+    "ScaledWSConvTranspose1d",
+    "ScaledWSConvTranspose2d",
+    "ScaledWSConvTranspose3d",
+    "ScaledWSLinear",
     "SkipInit",
     "SqueezeExcite",
     "VarianceLedger",

@@ -1,19 +1,13 @@
-"""Convolutions with scaled standardized weights: everything that a normalizer would do, done to the weights."""
+"""Convolutions with scaled standardized weights, and padding as TensorFlow and JAX know it."""
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.recompute import recomputing
-from normfree.nn.scales import Scales
-from normfree.nn.standardize import EPS, standardize
-
-# Computing an effective weight again in the backward pass saves memory and, where there are many activations, next to
-# no time. A weight that outnumbers them so many times is kept.
-_KEEP_ABOVE = 8
+from normfree.nn.scaled import SCALES_DOC, ScaledWS
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
@@ -74,92 +68,11 @@ class SameConv2d(SamePadding, nn.Conv2d):
     """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
 
 
-class ScaledWS(Scales, SamePadding):
-    """What `ScaledWSConv1d`, `2d` and `3d` share; comes before torch's class in the method resolution order."""
-
-    in_scale: Tensor
-    out_scale: Tensor
-    gain: nn.Parameter
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        in_scale: float = 1.0,
-        out_scale: float = 1.0,
-        skip_gain: float | None = None,
-        eps: float = EPS,
-        standardize: bool = True,
-    ) -> None:
-        if not eps > 0:
-            raise ValueError(f"eps is {eps}; it must be positive, or constant filters divide by zero")
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-            device=device, dtype=dtype,
-        )  # fmt: skip
-        self.eps = eps
-        self.standardize = standardize
-        self._register_scales(self.weight, in_scale=in_scale, out_scale=out_scale, skip_gain=skip_gain)
-        self.gain = nn.Parameter(self.weight.new_empty(out_channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Weights N(0, 1/fan_in), or N(0, 2/fan_in) (He) without standardization; gains 1, biases 0."""
-        if "gain" not in self._parameters:
-            return  # torch's constructor calls this before the gains exist
-        fan_in = self.weight[0].numel()
-        with torch.no_grad():
-            self.weight.normal_(0, math.sqrt((1 if self.standardize else 2) / fan_in))
-            self.gain.fill_(1)
-            if self.bias is not None:
-                self.bias.zero_()
-        self.reset_scales()
-
-    def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """W_eff, of the weight's shape, and b_eff (out_channels,) or None: those of the plain convolution that this is.
-
-        W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
-        b_eff = out_scale · skip_gain · bias
-        """
-        weight_scale, bias = self._scale_and_bias()
-        return self._effective_weight(self.weight, weight_scale), bias
-
-    def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """What multiplies the standardized filters, (out_channels,), and b_eff."""
-        out_scale = self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain
-        bias = None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
-        return self.gain * (self.in_scale * out_scale), bias
-
-    def _effective_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
-        if self.standardize:
-            return standardize(weight, scale, self.eps)
-        return weight * scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
+class _ScaledWSConv(ScaledWS, SamePadding):
+    """What `ScaledWSConv1d`, `2d` and `3d` share."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight_scale, bias = self._scale_and_bias()
-        weight = self._effective_weight(self.weight, weight_scale)
-        if weight.numel() > _KEEP_ABOVE * input.numel():
-            return self._conv_forward(input, weight, bias)
-        with recomputing(weight, self._effective_weight, self.weight, weight_scale):
-            return self._conv_forward(input, weight, bias)
-
-    def extra_repr(self) -> str:
-        parts = [super().extra_repr()]
-        if self.skip_gain is not None:
-            parts.append("skip_gain=True")
-        if not self.standardize:
-            parts.append("standardize=False")
-        return ", ".join(parts)
+        return self._with_effective_parameters(input, lambda weight, bias: self._conv_forward(input, weight, bias))
 
 
 _DOC = """{n}-D convolution with scaled weight standardization (Brock et al. 2021, section 4.1).
@@ -168,26 +81,17 @@ _DOC = """{n}-D convolution with scaled weight standardization (Brock et al. 202
 
     padding="same"   also with a stride, then as in TensorFlow and JAX: the output is ⌈size / stride⌉ long, an odd
                      padding element goes to the end
-    in_scale         what the input must be multiplied by: the activation's γ, the block's β
-    out_scale        what the output must be multiplied by: the branch's α
-    skip_gain        initial value of a learnable scalar that multiplies the output (SkipInit); None: there is none
-    eps              clamp on N · var(W)
-    standardize      False leaves the filters as they are: the ablation that shows the mean shift
-
-    All three scales are carried by the weight, `effective_parameters()`: no pass over activations. `gain` is
-    (out_channels,). `in_scale` and `out_scale` are persistent float32 buffers (float64 in a float64 layer).
-
-    Raises ValueError for what torch's class refuses, and for eps ≤ 0.
+    {scales}
     """
 
 
-class ScaledWSConv1d(ScaledWS, nn.Conv1d):
-    __doc__ = _DOC.format(n=1, axes="L", out="L'")
+class ScaledWSConv1d(_ScaledWSConv, nn.Conv1d):
+    __doc__ = _DOC.format(n=1, axes="L", out="L'", scales=SCALES_DOC)
 
 
-class ScaledWSConv2d(ScaledWS, nn.Conv2d):
-    __doc__ = _DOC.format(n=2, axes="H, W", out="H', W'")
+class ScaledWSConv2d(_ScaledWSConv, nn.Conv2d):
+    __doc__ = _DOC.format(n=2, axes="H, W", out="H', W'", scales=SCALES_DOC)
 
 
-class ScaledWSConv3d(ScaledWS, nn.Conv3d):
-    __doc__ = _DOC.format(n=3, axes="D, H, W", out="D', H', W'")
+class ScaledWSConv3d(_ScaledWSConv, nn.Conv3d):
+    __doc__ = _DOC.format(n=3, axes="D, H, W", out="D', H', W'", scales=SCALES_DOC)

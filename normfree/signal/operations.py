@@ -22,6 +22,8 @@ WEIGHT_LAYERS = {
     "mkldnn_rnn_layer": (0, 1),
     "_cudnn_rnn": (0, 1),
 }
+# Torch's quantized ones begin with these.
+QUANTIZED_WEIGHT_LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose", "linear")
 RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 # The same values, in another shape, order, place or precision.
 VIEWS = RESHAPES | {

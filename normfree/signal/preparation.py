@@ -28,7 +28,7 @@ def measuring(model: nn.Module, *, batch_stats: bool) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-            if batch_stats and isinstance(module, _BATCH_NORM) and module not in frozen:
+            if batch_stats and isinstance(module, _BATCH_NORM) and module not in frozen and not is_quantized(module):
                 names = ("running_mean", "running_var")
                 hidden.append((module, {name: module._buffers[name] for name in names}))
                 module._buffers.update(dict.fromkeys(names))
@@ -47,6 +47,11 @@ def _is_frozen(norm: nn.Module, model: nn.Module) -> bool:
         return True
     own = list(norm.parameters(recurse=False))
     return bool(own) and not any(p.requires_grad for p in own) and any(p.requires_grad for p in model.parameters())
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is one of torch's quantized layers, or one that is trained to be."""
+    return type(module).__module__.startswith("torch.ao.nn.")
 
 
 def is_normalizer(module: nn.Module) -> bool:

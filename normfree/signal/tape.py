@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normfree.signal.operations import (
     ADDITIONS,
     NOT_A_FUNCTION_OF_VALUES,
+    QUANTIZED_WEIGHT_LAYERS,
     SCALINGS,
     VIEWS,
     WEIGHT_LAYERS,
@@ -238,6 +239,8 @@ class _Recorder(TorchDispatchMode):
     # ---- what kind of operation
 
     def _is_weight_layer(self, op: str, args: tuple[Any, ...]) -> bool:
+        if op.startswith(QUANTIZED_WEIGHT_LAYERS) and not any(isinstance(value, Tensor) for value in args[1:]):
+            return True  # the weight is packed into an object
         if op not in WEIGHT_LAYERS:
             return False
         if "conv" in op or "rnn" in op:

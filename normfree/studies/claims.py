@@ -34,8 +34,8 @@ def _base(data: str, budget: Budget) -> Recipe:
         return replace(RECIPES["nf_resnet50"], data=data, evaluate_every=10)
     epochs = 1 if budget == "toy" else _EPOCHS.get(data.partition(":")[0], 4)
     return replace(
-        RECIPES["digits"], data=data, epochs=epochs, batch=64, crop_scale=0.35, flip=data != "digits",
-        warmup_epochs=0.1 * epochs, evaluate_every=epochs, log_every=20, keep=1, workers=0, lr=0.4,
+        RECIPES["digits"], model_args=("width=0.5",), data=data, epochs=epochs, batch=64, crop_scale=0.35,
+        flip=data != "digits", warmup_epochs=0.1 * epochs, evaluate_every=epochs, log_every=20, keep=1, workers=0,
     )  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def _depth(base: Recipe, budget: Budget) -> Study:
         "nothing": "unnormalized_resnet{}",
     }  # fmt: skip
     depths = (26,) if budget == "toy" else (26, 50, 101, 288)
+    if budget == "small":
+        base = replace(base, model_args=("width=0.25",))
     cells = [Cell(row, str(d), _network(base, name.format(d))) for d in depths for row, name in rows.items()]
     return Study(
         "depth",

@@ -1,6 +1,7 @@
 """Runs the cells of a study, one training after the other."""
 
 import csv
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from normfree.errors import TrainingError
 from normfree.studies import results
 from normfree.studies.ledger import Cell, Entry, Ledger, Study, Training, fingerprint
 from normfree.training import Recipe, train
+from normfree.training.data import Data, load
 
 
 def run(
@@ -17,30 +19,39 @@ def run(
     out: Path,
     *,
     seeds: int,
-    columns: Sequence[str] = (),
+    only: Sequence[str] = (),
     said: Callable[[str], None] = lambda text: None,
 ) -> list[Entry]:
     """Train every cell that `out` does not hold yet, and write the results so far after each.
 
     The first seed chooses a cell's learning rate, the others train at it. A training that was interrupted goes on.
-    With `columns` only their cells are trained, so that several processes can share the work. `said` is told what is
-    begun.
+    `only` names the rows and columns whose cells are trained, so that several processes can share the work; where it
+    names no row, or no column, all of them are. `said` is told what is begun.
 
-    Raises ValueError for a column that the study does not have.
+    Raises ValueError for a row or column that the study does not have.
     """
-    known = dict.fromkeys(cell.column for cell in study.cells)
-    for column in columns:
-        if column not in known:
-            raise ValueError(f"{study.name} has no column {column!r}; it has {', '.join(known)}")
     ledger = Ledger(out / "trainings.csv")
-    for cell in (cell for cell in study.cells if not columns or cell.column in columns):
+    loaded = functools.cache(load)
+    for cell in _chosen(study, only):
         while (todo := _next(study, cell, ledger, seeds)) is not None:
             lr, seed = todo
             said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")
-            if not _train(out, replace(cell.recipe, lr=lr, seed=seed), cell, ledger):
+            recipe = replace(cell.recipe, lr=lr, seed=seed)
+            if not _train(out, recipe, loaded(recipe.data), cell, ledger):
                 return entries(study, out, seeds)
         results.write(study, out, entries(study, out, seeds))
     return entries(study, out, seeds)
+
+
+def _chosen(study: Study, only: Sequence[str]) -> list[Cell]:
+    chosen = list(study.cells)
+    rows, columns = ({getattr(cell, axis): None for cell in study.cells} for axis in ("row", "column"))
+    for name in only:
+        if name not in rows and name not in columns:
+            raise ValueError(f"{study.name} has no {name!r}; it has {', '.join(columns)}, and {', '.join(rows)}")
+    for axis, names in (("row", rows.keys() & only), ("column", columns.keys() & only)):
+        chosen = [cell for cell in chosen if not names or getattr(cell, axis) in names]
+    return chosen
 
 
 def entries(study: Study, out: Path, seeds: int) -> list[Entry]:
@@ -89,7 +100,7 @@ def _next_rate(rates: Sequence[float], tried: Mapping[float, float]) -> float | 
     return next((lr for lr in neighbours if lr not in tried), None)
 
 
-def _train(out: Path, recipe: Recipe, cell: Cell, ledger: Ledger) -> bool:
+def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger) -> bool:
     """Whether it ended, well or by a loss that is not finite; False where it was interrupted."""
     words = f"{cell.row} {cell.column}".replace("/", " ").split()
     folder = out / "runs" / "_".join(words) / f"lr_{recipe.lr:g}_seed_{recipe.seed}_{fingerprint(recipe)}"
@@ -97,7 +108,7 @@ def _train(out: Path, recipe: Recipe, cell: Cell, ledger: Ledger) -> bool:
     top1: float | None = None
     error = ""
     try:
-        result = train(recipe, folder, resume="auto", quiet=True)
+        result = train(recipe, folder, resume="auto", quiet=True, data=data)
         if not result.finished:
             return False
         assert result.accuracy is not None

@@ -15,6 +15,7 @@ from torch import nn
 from normfree.errors import TrainingError
 from normfree.training.batches import Batch
 from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
+from normfree.training.data import Data, load
 from normfree.training.evaluation import PLAN, Accuracy, evaluate
 from normfree.training.faults import locate
 from normfree.training.interruption import Interruption
@@ -37,13 +38,18 @@ class Result:
 
 
 def train(
-    recipe: Recipe, out: str | Path, *, resume: Literal["never", "auto"] = "never", quiet: bool = False
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: Literal["never", "auto"] = "never",
+    quiet: bool = False,
+    data: Data | None = None,
 ) -> Result:
     """Train as `recipe` says, into the folder `out`, on all processes of `accelerate launch` or `torchrun`.
 
     On several machines `out` is a folder that all of them see. `resume="auto"` goes on after the newest whole
-    checkpoint in it, or begins. `quiet` prints nothing. Interrupted (SIGTERM, Ctrl-C), it writes a checkpoint and
-    returns.
+    checkpoint in it, or begins. `quiet` prints nothing. `data` is what the recipe's `data` names, where it is loaded
+    already. Interrupted (SIGTERM, Ctrl-C), it writes a checkpoint and returns.
 
     Raises ValueError for a recipe that cannot be, a folder that holds another run and data that has changed;
     FileNotFoundError for data that is not there; TrainingError where a loss is not finite, where a file cannot be
@@ -53,7 +59,7 @@ def train(
         raise ValueError(f"resume is {resume!r}; it must be 'never' or 'auto'")
     _check_folder(recipe, Path(out), resume)
     with accelerated(recipe, Path(out)) as accelerator:
-        training = Training(recipe, Path(out), accelerator, quiet)
+        training = Training(recipe, Path(out), accelerator, quiet, data or load(recipe.data))
         try:
             return training.run(resume == "auto")
         finally:
@@ -63,11 +69,11 @@ def train(
 class Training:
     """One run, on one of its processes."""
 
-    def __init__(self, recipe: Recipe, out: Path, accelerator: Any, quiet: bool) -> None:
+    def __init__(self, recipe: Recipe, out: Path, accelerator: Any, quiet: bool, data: Data) -> None:
         self.recipe = recipe
         self.out = out
         self.accelerator = accelerator
-        self.setup = Setup(recipe, accelerator)
+        self.setup = Setup(recipe, accelerator, data)
         self.take_step = Step(self.setup)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep)
         self.metrics = Table(out / "metrics.csv", COLUMNS)

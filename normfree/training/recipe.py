@@ -128,14 +128,18 @@ _REGNET = Recipe(
     auto_augment="rand-m9-mstd0.5",
 )  # fmt: skip
 _NFNET = replace(_REGNET, batch=4096, clip_adaptive=0.01)
+# Gains that start at 0 keep the branches closed for most of three epochs; without them 97 % are reached, not 30 to 80.
 _DIGITS = Recipe(
-    model="nf_resnet26", model_args=("width=0.5",), data="digits", image_size=32, test_size=32, epochs=3, batch=16,
-    lr=0.8, warmup_epochs=0.5, crop_scale=0.7, flip=False, stochastic_depth_rate=0.0, workers=0,
+    model="nf_resnet26", model_args=("width=0.5", "skip_gain=null"), data="digits", image_size=32, test_size=32,
+    epochs=3, batch=16, lr=0.4, warmup_epochs=0.5, crop_scale=0.7, flip=False, stochastic_depth_rate=0.0, workers=0,
 )  # fmt: skip
+_FASHION_MNIST = replace(
+    _DIGITS, model_args=("width=0.5",), data="fashion_mnist", epochs=10, batch=64, crop_scale=0.5, flip=True, workers=2
+)
 
 RECIPES: dict[str, Recipe] = {
     "digits": _DIGITS,
-    "fashion_mnist": replace(_DIGITS, data="fashion_mnist", epochs=10, batch=64, crop_scale=0.5, flip=True, workers=2),
+    "fashion_mnist": _FASHION_MNIST,
     **{
         f"nf_resnet{depth}": replace(_RESNET, model=f"nf_resnet{depth}", drop_rate=0.25 if depth > 50 else 0.0)
         for depth in (50, 101, 152, 200, 288)

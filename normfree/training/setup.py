@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from normfree.convert import Plan, convert
-from normfree.training import data as datasets
 from normfree.training.batches import Examples, Order, Parts, collate, loader
 from normfree.training.data import Data
 from normfree.training.mixing import Mixing
@@ -23,11 +22,11 @@ _CALIBRATION = 64  # images that a conversion sets the signal on
 class Setup:
     """Data, network, optimizer and schedule of a recipe, prepared for this process."""
 
-    def __init__(self, recipe: Recipe, accelerator: Any) -> None:
+    def __init__(self, recipe: Recipe, accelerator: Any, data: Data) -> None:
         self.recipe = recipe
         self.dtype = torch.float64 if recipe.precision == "double" else torch.float32
         self.accelerator = accelerator
-        self.data = datasets.load(recipe.data)
+        self.data = data
         torch.manual_seed(recipe.seed)
         self.model = build(recipe, self.data).to(self.dtype)
         if recipe.channels_last:

@@ -180,11 +180,12 @@ def test_what_stays_is_named():
     assert len(conversion.kept) == 6
     assert isinstance(conversion.model.layer4[0].conv1, nn.Conv2d)
     assert not isinstance(conversion.model.layer4[0].conv1, ScaledWS)
-    head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5),
-                         nn.BatchNorm1d(5))  # fmt: skip
-    (change,) = convert(head, torch.randn(8, 3, 8, 8)).kept
-    assert (change.path, change.note) == ("5", "normalizes the output of 4: a Linear is not supported")
-    assert "kept     5  BatchNorm1d" in str(convert(head, torch.randn(8, 3, 8, 8)))
+    weighted = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), nn.BatchNorm2d(8),
+                             nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))  # fmt: skip
+    conversion = convert(weighted, torch.randn(8, 4, 8, 8))
+    (change,) = conversion.kept
+    assert (change.path, change.note) == ("1", "normalizes the output of 0: its weight is parametrized")
+    assert "kept     1  BatchNorm2d" in str(conversion)
 
 
 def test_frozen_normalizers_and_detectors():

@@ -101,11 +101,13 @@ def test_some_columns_only(tmp_path, monkeypatch):
     done = type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     one = study("batch-size", "digits", "toy")
-    found = run(one, tmp_path, seeds=2, columns=["64"])
+    found = run(one, tmp_path, seeds=2, only=["64"])
     assert [len(entry.trainings) for entry in found] == [0, 0, 2, 2]
     assert table(one, found, tmp_path)[1][0] == ["BatchNorm", "missing", "90.00 ± 0.00"]
-    with pytest.raises(ValueError, match="batch-size has no column '65'; it has 256, 64"):
-        run(one, tmp_path, seeds=2, columns=["65"])
+    found = run(one, tmp_path, seeds=2, only=["256", "NF"])
+    assert [len(entry.trainings) for entry in found] == [0, 2, 2, 2]
+    with pytest.raises(ValueError, match="batch-size has no '65'; it has 256, 64, and BatchNorm, NF"):
+        run(one, tmp_path, seeds=2, only=["65"])
 
 
 def test_a_foreign_file_is_no_ledger(tmp_path):
