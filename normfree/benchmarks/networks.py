@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.convert import convert
 from normfree.models import ResidualNetwork, create_model, from_timm
 from normfree.nn import MaxPool2d
 from normfree.nn.conv import SameConv2d
@@ -101,6 +102,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "limit, symmetric padding": functools.partial(PlainResNet, padding="symmetric"),
     **{f"nf_resnet{depth}": functools.partial(ours, f"nf_resnet{depth}") for depth in (101, 200)},
     "torchvision resnet50": functools.partial(_torchvision, "resnet50"),
+    "torchvision resnet50, converted": lambda: convert(_torchvision("resnet50"), torch.randn(16, 3, 64, 64)).model,
     "timm resnetv2_50 (BatchNorm)": functools.partial(_timm, "resnetv2_50.a1h_in1k"),
     "timm nf_resnet50": functools.partial(_timm, "nf_resnet50"),
     "timm nf_resnet50, paper's form": timm_in_the_paper_s_form,

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ _CLOSE = 0.02
 
 
 def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run: Callable[[Tape], None]) -> float:
-    """Set `in_scale` of the layers, and the biases of some, in the order in which they run, with open branches.
+    """Set `in_scale` of the layers, and the biases of some, in the order in which they run. Branches should be open.
 
     A layer's output gets the variance that a normalizer with its gains would give it, that is the mean square of the
     gains, times `out_scale`²; one that ends residual branches such that they have it where they join. Channels of the
@@ -33,28 +33,27 @@ def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run:
     """
     target = dict.fromkeys(layers, 1.0)  # of a layer's output, over what its gains and `out_scale` make of 1
     departure = 0.0
-    with _open(layers.values()):
-        for _ in range(_PASSES):
-            tape = Tape()
-            with _scaling(layers, shifts, target):
-                run(tape)
-            wanted: dict[str, list[float]] = defaultdict(list)
-            for operand, paths in branch_ends(tape).values():
-                ends = [path for path in paths if path in layers]
-                statistics = tape.nodes[operand].statistics
-                if not ends or statistics is None:
-                    continue
-                ratio = float(statistics[1]) / (sum(_square(layers[path]) for path in ends) / len(ends))
-                if not 0 < ratio < math.inf:
-                    raise SignalError(f"the branch that ends with {ends[0]} has variance {statistics[1]:g} at its join")
-                for path in ends:
-                    wanted[path].append(ratio)
-            # Joins that share a layer can only be right on average.
-            departure = max((abs(sum(ratios) / len(ratios) - 1) for ratios in wanted.values()), default=0.0)
-            if departure <= _CLOSE:
-                break
-            for path, ratios in wanted.items():
-                target[path] /= sum(ratios) / len(ratios)
+    for _ in range(_PASSES):
+        tape = Tape()
+        with _scaling(layers, shifts, target):
+            run(tape)
+        wanted: dict[str, list[float]] = defaultdict(list)
+        for operand, paths in branch_ends(tape).values():
+            ends = [path for path in paths if path in layers]
+            statistics = tape.nodes[operand].statistics
+            if not ends or statistics is None:
+                continue
+            ratio = float(statistics[1]) / (sum(_square(layers[path]) for path in ends) / len(ends))
+            if not 0 < ratio < math.inf:
+                raise SignalError(f"the branch that ends with {ends[0]} has variance {statistics[1]:g} at its join")
+            for path in ends:
+                wanted[path].append(ratio)
+        # Joins that share a layer can only be right on average.
+        departure = max((abs(sum(ratios) / len(ratios) - 1) for ratios in wanted.values()), default=0.0)
+        if departure <= _CLOSE:
+            break
+        for path, ratios in wanted.items():
+            target[path] /= sum(ratios) / len(ratios)
     return departure
 
 
@@ -102,18 +101,3 @@ def _broadcast(bias: Tensor, layer: ScaledWS, out: Tensor) -> Tensor:
     """What a bias adds to the output, in a shape that broadcasts along the output's channels."""
     behind = out.ndim - 1 - layer.channel_axis % out.ndim
     return (bias * layer.out_scale.to(bias.dtype)).to(out.dtype).view(-1, *[1] * behind)
-
-
-@contextlib.contextmanager
-def _open(layers: Iterable[ScaledWS]) -> Iterator[None]:
-    """Skip gains, and gains that are all zero, at one; what they were comes back."""
-    closed = [layer.skip_gain for layer in layers if layer.skip_gain is not None]
-    closed += [layer.gain for layer in layers if not bool(layer.gain.any())]
-    kept = [parameter.data for parameter in closed]
-    try:
-        for parameter in closed:
-            parameter.data = torch.ones_like(parameter)
-        yield
-    finally:
-        for parameter, data in zip(closed, kept, strict=True):
-            parameter.data = data

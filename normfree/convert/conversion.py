@@ -20,7 +20,8 @@ from normfree.convert.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.signal import SignalReport, characterize
 from normfree.signal.inputs import as_call, map_tensors, tensors
-from normfree.signal.preparation import measuring
+from normfree.signal.preparation import closed_multipliers, closed_parameters, measuring, opened
+from normfree.signal.residual import find_joins
 from normfree.signal.tape import Tape
 
 Norm = Literal["batch", "group", "layer", "instance"]
@@ -126,6 +127,7 @@ def convert(
         raise ValueError(
             f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
         )
+    multipliers = closed_multipliers(model, {name for join in find_joins(tape) for name in join.parameters})
     plan = make_plan(model, structure, removed, scale_depthwise=depthwise == "scale")
     changes = list_changes(model, plan, kept)
     layers = plan.apply(model)
@@ -133,7 +135,8 @@ def convert(
         layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
     after_norms = [planned.path for planned in plan.layers if planned.norm is not None]
     shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
-    departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
+    with opened(model, closed_parameters(model) + multipliers):
+        departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
     return Conversion(model, changes, before, characterize(model, images), departure, plan)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from normfree.errors import suggest
 from normfree.studies.beside import costs, largest_rates, signals
@@ -178,6 +178,43 @@ def _regularization(base: Recipe, budget: Budget) -> Study:
     )  # fmt: skip
 
 
+def _convert(base: Recipe, budget: Budget) -> Study:
+    networks = {
+        "ResNet-20": ("normfree.studies.small_resnets:CifarResNet", ("depth=20", "width=8")),
+        "ResNet-56": ("normfree.studies.small_resnets:CifarResNet", ("depth=56", "width=8")),
+        "timm's ResNet-18": ("normfree.studies.small_resnets:timm_resnet18", ("width=16",)),
+    }
+    # A step of one image takes nearly as long as one of eight: fewer of them, for all networks alike.
+    few: dict[str, Any] = {}
+    if budget == "small":
+        base, few = replace(base, train_images=30000), {"train_images": 10000}
+    columns: dict[str, dict[str, Any]] = {
+        "batch 64": {}, "batch 2": {"batch": 2, **few}, "batch 1": {"batch": 1, **few},
+        "8 mixed parts": {"cut": "dealt", "accumulate": 8},
+        "8 parts of one class": {"cut": "by_class", "accumulate": 8},
+    }  # fmt: skip
+    kinds: dict[str, tuple[tuple[str, ...], bool]] = {
+        _BATCH_NORM: ((), False), "converted": ((), True), "without either": (("norm=false",), False),
+    }  # fmt: skip
+    if budget == "toy":
+        networks = {"ResNet-20": networks["ResNet-20"]}
+        del columns["batch 2"], columns["batch 1"]
+    cells = [
+        Cell(f"{network}, {kind}", column, replace(
+            base, model=model, model_args=(*arguments, *more), convert=converted, **changes,
+        ))
+        for network, (model, arguments) in networks.items()
+        for kind, (more, converted) in kinds.items()
+        for column, changes in columns.items()
+    ]  # fmt: skip
+    return Study(
+        "convert",
+        "A converted network trains as well as with BatchNorm, and where BatchNorm does not: on small batches, and on "
+        "parts of one class.",
+        "network", tuple(cells), _rates(budget),
+    )  # fmt: skip
+
+
 STUDIES: dict[str, Callable[[Recipe, Budget], Study]] = {
     "microbatch": _microbatch,
     "batch-size": _batch_size,
@@ -186,5 +223,6 @@ STUDIES: dict[str, Callable[[Recipe, Budget], Study]] = {
     "ablation": _ablation,
     "large-rate": _large_rate,
     "regularization": _regularization,
+    "convert": _convert,
 }
 """The studies by name."""

@@ -96,6 +96,32 @@ class Arrays:
         return f"image {index}"
 
 
+class Fewer:
+    """So many of the images, evenly spaced in their order. Raises ValueError where there are not so many."""
+
+    def __init__(self, images: Images, count: int) -> None:
+        if count > len(images):
+            raise ValueError(f"train_images is {count}; there are {len(images)}")
+        self.images = images
+        self.chosen = [place * len(images) // count for place in range(count)]
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of every one that was chosen."""
+        labels = self.images.labels
+        return [labels[index] for index in self.chosen]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[self.chosen[index]]
+
+    def name(self, index: int) -> str:
+        """Of the image among all."""
+        return self.images.name(self.chosen[index])
+
+
 def _digits() -> Data:
     try:
         from sklearn.datasets import load_digits

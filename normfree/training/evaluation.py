@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from normfree.convert import Plan
-from normfree.errors import TrainingError
 from normfree.training import data as datasets
 from normfree.training.batches import Batch, Examples, Parts, loader
-from normfree.training.model import build, model_channels, sizes
+from normfree.training.model import build, load_weights, model_channels, sizes
 from normfree.training.recipe import Recipe
 from normfree.training.setup import accelerated, testing_order
 from normfree.training.transforms import testing_transform
@@ -108,10 +106,7 @@ def evaluate_run(
             raise FileNotFoundError(f"{run} holds no model.safetensors: its training has not ended (name `weights`)")
     dtype = torch.float64 if recipe.precision == "double" else torch.float32
     network.to(dtype)
-    try:
-        load_model(network, str(weights))
-    except Exception as error:  # safetensors has an error of its own
-        raise TrainingError(f"{weights} does not fit {recipe.model}: {error}") from error
+    load_weights(network, weights)
     with accelerated(replace(recipe, log=()), run) as accelerator:
         order = testing_order(recipe, tested, accelerator.num_processes)
         size, channels = sizes(recipe, network)[1], model_channels(network, known)

@@ -1,10 +1,13 @@
 """The network that a recipe names, for the data that it names."""
 
+import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from normfree.errors import TrainingError
 from normfree.signal.inputs import input_shape
 from normfree.sources import model_factory
 from normfree.training.data import Data
@@ -21,7 +24,7 @@ _NAMES: dict[str, dict[str, str | None]] = {
 def build(recipe: Recipe, data: Data) -> nn.Module:
     """A new network with a classifier for the data's classes.
 
-    A function of the user's (package.module:factory) gets `model_args` only. Raises ValueError for a model or an
+    A function of the user's (package.module:factory) gets what its signature names. Raises ValueError for a model or an
     argument that is not known.
     """
     source = recipe.model.partition(":")[0] if ":" in recipe.model else ""
@@ -32,15 +35,32 @@ def build(recipe: Recipe, data: Data) -> nn.Module:
         "drop_rate": recipe.drop_rate,
     }
     arguments: dict[str, Any] = {}
-    for name, value in wanted.items() if source in _NAMES else ():
-        theirs = _NAMES[source].get(name, name)
+    factory = model_factory(recipe.model)
+    names = _NAMES[source] if source in _NAMES else dict.fromkeys(wanted.keys() - inspect.signature(factory).parameters)
+    for name, value in wanted.items():
+        theirs = names.get(name, name)
         if theirs is not None and value is not None:
             arguments[theirs] = value
     arguments |= {name: _value(text) for name, _, text in (a.partition("=") for a in recipe.model_args)}
     try:
-        return model_factory(recipe.model)(**arguments)
+        return factory(**arguments)
     except TypeError as error:
         raise ValueError(f"{recipe.model} cannot be built: {error}") from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """The parameters and buffers of a .safetensors file.
+
+    Raises FileNotFoundError where there is none, TrainingError for one that does not fit.
+    """
+    from safetensors.torch import load_model
+
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file of weights {path}")
+    try:
+        load_model(model, str(path))
+    except Exception as error:  # safetensors has an error of its own
+        raise TrainingError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
 def sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:

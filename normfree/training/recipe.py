@@ -20,8 +20,11 @@ class Recipe:
 
     model: str  # as on the command line: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory
     model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
+    initial: str = ""  # .safetensors of parameters to begin with, such as another run's; "": new ones
     convert: bool = False  # first replace the model's normalizers, its signal set on training images
+    convert_alpha: float = 0.2  # then: what its residual branches, of unit variance, are multiplied by
     data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
+    train_images: int | None = None  # how many of the training images, evenly spaced; None: all
     image_size: int | None = None  # pixels; None: the model's own
     test_size: int | None = None
     epochs: int = 90
@@ -102,10 +105,10 @@ class Recipe:
 
 
 _LEAST = {
-    "image_size": 1, "test_size": 1, "epochs": 1, "batch": 1, "accumulate": 1, "lr": 0, "momentum": 0,
-    "warmup_epochs": 0, "weight_decay": 0, "mixup": 0, "cutmix": 0, "clip_adaptive": 0, "clip_norm": 0, "seed": 0,
-    "workers": 0, "evaluate_every": 1, "checkpoint_every": 0, "keep": 1, "log_every": 1, "signal_every": 0,
-    "max_unreadable": 0,
+    "convert_alpha": 0, "train_images": 1, "image_size": 1, "test_size": 1, "epochs": 1, "batch": 1, "accumulate": 1,
+    "lr": 0, "momentum": 0, "warmup_epochs": 0, "weight_decay": 0, "mixup": 0, "cutmix": 0, "clip_adaptive": 0,
+    "clip_norm": 0, "seed": 0, "workers": 0, "evaluate_every": 1, "checkpoint_every": 0, "keep": 1, "log_every": 1,
+    "signal_every": 0, "max_unreadable": 0,
 }  # fmt: skip
 
 # May differ when a run is taken up again: nothing of the result depends on them.

@@ -10,9 +10,9 @@ import torch
 
 from normfree.convert import Plan, convert
 from normfree.training.batches import Examples, Order, Parts, collate, loader
-from normfree.training.data import Data
+from normfree.training.data import Data, Fewer
 from normfree.training.mixing import Mixing
-from normfree.training.model import build, model_channels, sizes, weight_decay
+from normfree.training.model import build, load_weights, model_channels, sizes, weight_decay
 from normfree.training.recipe import Recipe
 from normfree.training.transforms import testing_transform, training_transform
 
@@ -26,9 +26,12 @@ class Setup:
         self.recipe = recipe
         self.dtype = torch.float64 if recipe.precision == "double" else torch.float32
         self.accelerator = accelerator
-        self.data = data
+        fewer = recipe.train_images
+        self.data = data if fewer is None else dataclasses.replace(data, train=Fewer(data.train, fewer))
         torch.manual_seed(recipe.seed)
         self.model = build(recipe, self.data).to(self.dtype)
+        if recipe.initial:
+            load_weights(self.model, recipe.initial)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.order = Order(
@@ -62,7 +65,7 @@ class Setup:
         """Replace the normalizers of the model; the plan that was followed. Equal on all processes."""
         keys = self.order.step(0, 0)[:_CALIBRATION]
         images = torch.stack([self.examples[key].image for key in keys]).to(self.dtype)
-        conversion = convert(self.model, images)
+        conversion = convert(self.model, images, alpha=self.recipe.convert_alpha)
         self.model = conversion.model
         return conversion.plan
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import normfree
@@ -137,3 +138,68 @@ def test_lazy_layers_are_refused_until_they_have_run():
         convert(lazy, images)
     lazy(images)
     assert not convert(lazy, images).kept
+
+
+class Scaled(nn.Module):
+    """Residual blocks whose branches begin closed by a LayerScale."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.gamma = nn.ParameterList(torch.full((8, 1, 1), 1e-6) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for conv, norm, gamma in zip(self.convs, self.norms, self.gamma, strict=True):
+            x = x + gamma * conv(norm(x).relu())
+        return x
+
+
+def test_branches_that_a_layer_scale_closes_are_calibrated_open():
+    torch.manual_seed(0)
+    model, images = Scaled(), torch.randn(8, 3, 16, 16)
+    conversion = convert(model, images)
+    assert all(bool((g == 1e-6).all()) for g in conversion.model.gamma)
+    # The last convolution is followed by no normalizer: it is as it was.
+    for record in list(conversion.after)[:2]:
+        assert record.residual_variance == pytest.approx(1, rel=0.02), f"{record.residual_variance:.3f}, expected 1"
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: torchvision.models.video.r3d_18(num_classes=5), (2, 3, 4, 32, 32)),
+        (lambda: torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None, num_classes=5),
+         (2, 3, 64, 64)),
+        (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(torchvision.models.resnet18(num_classes=5)), (4, 3, 64, 64)),
+    ],
+    ids=["r3d_18", "deeplabv3_resnet50", "SyncBatchNorm"],
+)  # fmt: skip
+def test_other_people_s_networks(make, shape):
+    torch.manual_seed(0)
+    conversion = convert(make(), torch.randn(shape), inplace=True)
+    assert not conversion.kept
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in conversion.model.modules())
+    out = conversion.model.train()(torch.randn(1, *shape[1:]))  # one image at a time
+    (out["out"] if isinstance(out, dict) else out).square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in conversion.model.parameters())
+
+
+def test_a_pyramid_of_frozen_normalizers():
+    """torchvision's detector as it comes with weights: frozen BatchNorm, and feature pyramids without normalizers."""
+    torch.manual_seed(0)
+    detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=96
+    )
+    for path, module in list(detector.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, name = path.rpartition(".")
+            setattr(detector.get_submodule(parent), name, torchvision.ops.FrozenBatchNorm2d(module.num_features))
+    conversion = convert(detector, [torch.rand(3, 64, 96), torch.rand(3, 80, 64)], inplace=True)
+    assert not conversion.kept
+    assert not any("BatchNorm" in type(m).__name__ for m in conversion.model.modules())
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
+    losses = conversion.model.train()([torch.rand(3, 64, 96)], targets)
+    assert all(loss.isfinite() for loss in losses.values())

@@ -1,0 +1,60 @@
+"""BatchNorm networks as people build them for small images: what the study of conversion converts."""
+
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+
+class CifarResNet(nn.Module):
+    """Three stages of basic blocks on images of about 32 pixels (He et al. 2015, section 4.2), in torchvision's blocks.
+
+    `depth` is 6n + 2; shortcuts are projections where the shape changes. Without `norm` the same network with nothing
+    in the place of BatchNorm. Raises ValueError for another depth.
+    """
+
+    def __init__(
+        self, depth: int = 20, width: int = 16, norm: bool = True, num_classes: int = 10, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth is {depth}; it must be 6n + 2: 20, 32, 44, 56, 110, …")
+        self.norm: Any = nn.BatchNorm2d if norm else _nothing
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = self.norm(width)
+        stages = [self._stage(width * max(2**i // 2, 1), width * 2**i, (depth - 2) // 6) for i in range(3)]
+        self.layers = nn.Sequential(*stages)
+        self.fc = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def _stage(self, inputs: int, channels: int, blocks: int) -> nn.Module:
+        shortcut, stride = None, 1
+        if inputs != channels:
+            stride = 2
+            shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride, bias=False), self.norm(channels))
+        first = BasicBlock(inputs, channels, stride, shortcut, norm_layer=self.norm)
+        rest = [BasicBlock(channels, channels, norm_layer=self.norm) for _ in range(blocks - 1)]
+        return nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_classes)."""
+        x = self.layers(self.bn1(self.conv1(x)).relu())
+        return self.fc(x.mean((2, 3)))
+
+
+def timm_resnet18(width: int = 64, norm: bool = True, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """timm's ResNet-18 with a stem for small images: 3×3, without stride and pooling; `width` channels at first."""
+    model: Any = timm.create_model(
+        "resnet18", num_classes=num_classes, stem_type="deep", stem_width=width // 2,
+        channels=tuple(width * 2**i for i in range(4)), norm_layer=nn.BatchNorm2d if norm else _nothing,
+    )  # fmt: skip
+    model.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _nothing(channels: int, **_: Any) -> nn.Module:
+    return nn.Identity()
