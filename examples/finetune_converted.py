@@ -43,7 +43,7 @@ def main() -> None:
         print(f"seed {seed}: with BatchNorm, {options.epochs} epochs: {original:.1f} %", flush=True)
         for epochs in options.then:
             new = replace(
-                base, convert=True, convert_alpha=options.alpha, lr=options.converted_rate, epochs=epochs,
+                base, convert=True, convert_args=(f"alpha={options.alpha}",), lr=options.converted_rate, epochs=epochs,
                 warmup_epochs=min(base.warmup_epochs, epochs / 4),
             )  # fmt: skip
             kept = replace(new, initial=str(out / "original" / "model.safetensors"))

@@ -160,6 +160,7 @@ _PARALLEL = (
     "Parallel branches are added to each other before they join the stream, and are found as joins of their own: "
     "together they have the variance α². The joins of the stream are where they should be."
 )
+_UNNORMALIZED = "The last block of a stage ends in a layer that no normalizer follows: it is left as it was."
 _CORRELATED = " Their outputs are correlated, more or less after every pass."
 EXPLAINED: dict[str, str] = {
     "timm:seresnet33ts": (
@@ -190,6 +191,20 @@ EXPLAINED: dict[str, str] = {
         "The end of a branch is a residual block itself, which is not scaled again: the variance grows by one with "
         "every block, as in a network with BatchNorm."
     ),
+    "timm:hgnet_tiny": (
+        "Its one residual block adds to a stream that a rectifier and a gate have made small, as in the original."
+    ),
+    "timm:convmixer_768_32": (
+        "Its normalizers stand after the activations, on the stream itself: without them the stream is that of GELU's "
+        "outputs, with a third of the variance and a mean."
+    ),
+    "timm:repvit_m0_9": _PARALLEL
+    + _CORRELATED
+    + (" Its squeeze-excite gates the stream itself, which the original then normalizes again."),
+    "timm:fastvit_t8": _PARALLEL + " A stream that is normalized, with no layer before that, keeps its mean.",
+    "timm:visformer_tiny": _UNNORMALIZED,
+    "timm:coatnet_pico_rw_224": _UNNORMALIZED
+    + (" Its transformers have LayerNorm, which is left as it is: squared means lie below those of the original."),
     "timm:hrnet_w18_small": (
         "Where resolutions are fused, several layers are added before they join the stream, and are found as joins of "
         "their own, with α² together; a fused stream is rectified once more."

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def build(recipe: Recipe, data: Data) -> nn.Module:
         theirs = names.get(name, name)
         if theirs is not None and value is not None:
             arguments[theirs] = value
-    arguments |= {name: _value(text) for name, _, text in (a.partition("=") for a in recipe.model_args)}
+    arguments |= values(recipe.model_args)
     try:
         return factory(**arguments)
     except TypeError as error:
@@ -82,6 +83,11 @@ def weight_decay(recipe: Recipe, model: nn.Module) -> float:
     if recipe.weight_decay is not None:
         return recipe.weight_decay
     return float(getattr(getattr(model, "config", None), "weight_decay", 5e-5))
+
+
+def values(arguments: Iterable[str]) -> dict[str, Any]:
+    """Of arguments of the form name=value."""
+    return {name: _value(text) for name, _, text in (argument.partition("=") for argument in arguments)}
 
 
 def _value(text: str) -> Any:

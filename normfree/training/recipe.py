@@ -22,7 +22,7 @@ class Recipe:
     model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
     initial: str = ""  # .safetensors of parameters to begin with, such as another run's; "": new ones
     convert: bool = False  # first replace the model's normalizers, its signal set on training images
-    convert_alpha: float = 0.2  # then: what its residual branches, of unit variance, are multiplied by
+    convert_args: tuple[str, ...] = ()  # arguments of the conversion, such as alpha=1 or depthwise=scale
     data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
     train_images: int | None = None  # how many of the training images, evenly spaced; None: all
     image_size: int | None = None  # pixels; None: the model's own
@@ -76,11 +76,14 @@ class Recipe:
             raise ValueError(f"crop_scale is {self.crop_scale}; it must be in (0, 1]")
         if self.clip_adaptive and self.clip_norm:
             raise ValueError("clip_adaptive and clip_norm are both given; choose one")
-        for name in ("model_args", "log"):  # JSON has no tuples
+        for name in ("model_args", "convert_args", "log"):  # JSON has no tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for argument in self.model_args:
-            if not argument.partition("=")[0].isidentifier() or "=" not in argument:
-                raise ValueError(f"model_args has {argument!r}; it must be of the form name=value")
+        for name in ("model_args", "convert_args"):
+            for argument in getattr(self, name):
+                if not argument.partition("=")[0].isidentifier() or "=" not in argument:
+                    raise ValueError(f"{name} has {argument!r}; it must be of the form name=value")
+        if self.convert_args and not self.convert:
+            raise ValueError("convert_args are given, but convert is not")
 
     @property
     def peak_lr(self) -> float:
@@ -105,7 +108,7 @@ class Recipe:
 
 
 _LEAST = {
-    "convert_alpha": 0, "train_images": 1, "image_size": 1, "test_size": 1, "epochs": 1, "batch": 1, "accumulate": 1,
+    "train_images": 1, "image_size": 1, "test_size": 1, "epochs": 1, "batch": 1, "accumulate": 1,
     "lr": 0, "momentum": 0, "warmup_epochs": 0, "weight_decay": 0, "mixup": 0, "cutmix": 0, "clip_adaptive": 0,
     "clip_norm": 0, "seed": 0, "workers": 0, "evaluate_every": 1, "checkpoint_every": 0, "keep": 1, "log_every": 1,
     "signal_every": 0, "max_unreadable": 0,

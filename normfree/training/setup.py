@@ -12,7 +12,7 @@ from normfree.convert import Plan, convert
 from normfree.training.batches import Examples, Order, Parts, collate, loader
 from normfree.training.data import Data, Fewer
 from normfree.training.mixing import Mixing
-from normfree.training.model import build, load_weights, model_channels, sizes, weight_decay
+from normfree.training.model import build, load_weights, model_channels, sizes, values, weight_decay
 from normfree.training.recipe import Recipe
 from normfree.training.transforms import testing_transform, training_transform
 
@@ -65,7 +65,10 @@ class Setup:
         """Replace the normalizers of the model; the plan that was followed. Equal on all processes."""
         keys = self.order.step(0, 0)[:_CALIBRATION]
         images = torch.stack([self.examples[key].image for key in keys]).to(self.dtype)
-        conversion = convert(self.model, images, alpha=self.recipe.convert_alpha)
+        try:
+            conversion = convert(self.model, images, **values(self.recipe.convert_args))
+        except TypeError as error:
+            raise ValueError(f"{self.recipe.model} cannot be converted: {error}") from error
         self.model = conversion.model
         return conversion.plan
 
