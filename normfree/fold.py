@@ -98,7 +98,7 @@ def _plain(layer: Any) -> nn.Module:
         arguments["padding"] = "same"
     with torch.device("meta"):
         plain: Any = _FOLDED[kind](**arguments, bias=bias is not None)
-    plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)  # in its layout
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return plain.eval()

@@ -57,8 +57,14 @@ def test_through_torch_func_and_through_opacus():
 
 def test_what_opacus_cannot_keep_private():
     kept = normfree.convert(torchvision.models.resnet18(), torch.randn(8, 3, 32, 32), exclude=["layer4"]).model
-    with pytest.raises(ValueError, match=r"layer4\.0\.bn1 \(BatchNorm2d\) trains and has buffers"):
+    with pytest.raises(ValueError, match=r"layer4\.0\.bn1 \(BatchNorm2d\) normalizes with the batch's statistics"):
         per_sample_gradients(kept)
+    with pytest.raises(ValueError, match=r"layer4\.0\.bn1 \(BatchNorm2d\) trains and has buffers"):
+        per_sample_gradients(kept.eval())
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm2d\) normalizes with the batch's statistics"):
+        per_sample_gradients(bare)
+    assert any(m.inplace for m in kept.modules() if isinstance(m, nn.ReLU))  # what is refused is not changed
 
 
 def test_the_example_trains_with_differential_privacy(monkeypatch, capsys):

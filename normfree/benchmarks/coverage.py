@@ -74,9 +74,9 @@ class Row:
     def exceptions(self) -> list[str]:
         """What is not as it should be, in words."""
         words = []
-        if self.joins and self.lowest < LOWEST:
+        if self.joins and not self.lowest >= LOWEST:  # nor NaN
             words.append(f"variance {self.lowest:.2f} of the ledger's")
-        if self.joins and self.highest > HIGHEST:
+        if self.joins and not self.highest <= HIGHEST:
             words.append(f"variance {self.highest:.2f} times the ledger's")
         if self.after_projection >= 1:
             words.append(f"shift {self.after_projection:.2f} after a projection")
@@ -179,7 +179,7 @@ EXPLAINED: dict[str, str] = {
     ),
     "timm:repvgg_a0": (
         "Its normalizers' weights start at 0.1, so that with normalizers the signal is small too; conversion keeps "
-        "gains. Streams are rectified after every block, which is two layers deep, and nothing centres them."
+        "gains. Streams are rectified after every block, and nothing centres them."
     ),
     "timm:mobileone_s0": _PARALLEL
     + _CORRELATED
@@ -215,7 +215,6 @@ EXPLAINED: dict[str, str] = {
 
 def page(rows: Sequence[tuple[Row, Row]], command: str) -> str:
     """docs/coverage.md: a line per network, on noise and on photographs, and what there is to say of some."""
-    lines = [line for pair in rows for line in [_line(*pair)]]
     exceptions = [
         f"- `{noise.network}`: {_words(noise, photos)}. {EXPLAINED.get(noise.network, 'Unexplained.')}"
         for noise, photos in rows
@@ -223,8 +222,8 @@ def page(rows: Sequence[tuple[Row, Row]], command: str) -> str:
     ]
     kept = [f"- `{noise.network}`: {'; '.join(noise.kept)}" for noise, _ in rows if noise.kept]
     return _PAGE.format(
-        networks=len(rows), command=command, rows="\n".join(lines), kept="\n".join(kept) or "None.",
-        exceptions="\n".join(exceptions), batch=_BATCH, size=_SIZE, alpha=ALPHA,
+        networks=len(rows), command=command, rows="\n".join(_line(*pair) for pair in rows),
+        kept="\n".join(kept) or "None.", exceptions="\n".join(exceptions), batch=_BATCH, size=_SIZE, alpha=ALPHA,
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def convert(
     Raises ValueError where nothing can be converted or an argument cannot be, TypeError for what is no module, and
     SignalError where the model does not run on the images or a variance cannot be set.
     """
-    _check(model, alpha, norms, depthwise)
+    _check(model, alpha, norms, exclude, depthwise)
     paths = _selected(model, norms, exclude)
     images = _batch(images)
     before = characterize(model, images)
@@ -127,7 +127,7 @@ def convert(
         raise ValueError(
             f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
         )
-    multipliers = closed_multipliers(model, {name for join in find_joins(tape) for name in join.parameters})
+    multipliers = {name for join in find_joins(tape) for name in join.parameters}
     plan = make_plan(model, structure, removed, scale_depthwise=depthwise == "scale")
     changes = list_changes(model, plan, kept)
     layers = plan.apply(model)
@@ -135,7 +135,7 @@ def convert(
         layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
     after_norms = [planned.path for planned in plan.layers if planned.norm is not None]
     shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
-    with opened(model, closed_parameters(model) + multipliers):
+    with opened(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
         departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
     return Conversion(model, changes, before, characterize(model, images), departure, plan)
 
@@ -168,11 +168,13 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _check(model: Any, alpha: float, norms: Sequence[str], depthwise: str) -> None:
+def _check(model: Any, alpha: float, norms: Sequence[str], exclude: Sequence[str], depthwise: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if isinstance(norms, str) or not norms or not set(norms) <= set(_NORMS):
         raise ValueError(f"norms is {norms!r}; it must be a sequence of {', '.join(_NORMS)}")
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude is {exclude!r}; it must be a sequence of paths or patterns: [{exclude!r}]")
     if depthwise not in ("standardize", "scale"):
         raise ValueError(f"depthwise is {depthwise!r}; it must be 'standardize' or 'scale'")
     if not 0 < alpha < math.inf:

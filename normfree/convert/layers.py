@@ -38,7 +38,7 @@ def refusal(module: nn.Module) -> str:
     kind = kind_of(module)
     if kind is None:
         return f"its weight is used by a {type(module).__name__}, which is no layer of torch.nn: a functional call"
-    if hasattr(module, "parametrizations"):
+    if "weight" not in module._parameters:
         return "its weight is parametrized"
     if _is_same(module):
         return ""
@@ -76,7 +76,8 @@ def scaled(plain: Any, planned: Planned) -> ScaledWS:
     """The layer with scaled weight standardization; it holds the same weight."""
     weight = plain.weight
     kind = kind_of(plain)
-    assert kind is not None
+    if kind is None:
+        raise ValueError(f"{planned.path} is a {type(plain).__name__}, no weight layer")
     arguments = arguments_of(plain)
     if _is_same(plain):
         arguments["padding"] = "same"

@@ -49,7 +49,8 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
         found.sources[norm] = {nodes[layer].module for index in taken for layer in _weight_layers(nodes, index, {})[0]}
         layers = {layer for index in taken if (layer := _as_it_is(nodes, index)) is not None}
         whole = len(found.sources[norm]) == 1 and calls[next(iter(found.sources[norm]))] == layers
-        if whole and all(_owner(c.module, norms) == norm for layer in layers for c in _users(layer, children)):
+        alone = all(_owner(c.module, norms) == norm for layer in layers for c in _users(layer, children))
+        if whole and alone and _on_channels(nodes, norm):
             found.direct[norm] = nodes[next(iter(layers))].module
     for node in nodes:
         norm = _owner(node.module, norms)
@@ -123,6 +124,17 @@ def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:
             return None
         node = nodes[node.parents[0]]
     return node.index
+
+
+def _on_channels(nodes: Sequence[Node], norm: str) -> bool:
+    """Whether the scale and shift of a normalizer are those of its input's channels, not of another axis."""
+    for node in nodes:
+        if node.module == norm and any(kind in node.op for kind in ("batch_norm", "group_norm", "layer_norm")):
+            taken = nodes[node.parents[0]]
+            axis = len(taken.shape) - 1 if "layer_norm" in node.op else 1
+            if taken.channel_axis not in (None, axis):
+                return False
+    return True
 
 
 def _users(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:

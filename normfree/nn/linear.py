@@ -22,4 +22,4 @@ class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]
         return self.out_features
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._with_effective_parameters(input, lambda weight, bias: F.linear(input, weight, bias))
+        return F.linear(input, *self.effective_parameters())

@@ -186,7 +186,7 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     }
     # A step of one image takes nearly as long as one of eight: fewer of them, for all networks alike.
     few: dict[str, Any] = {}
-    if budget == "small":
+    if budget == "small" and base.data.startswith("fashion_mnist"):
         base, few = replace(base, train_images=30000), {"train_images": 10000}
     columns: dict[str, dict[str, Any]] = {
         "batch 64": {}, "batch 2": {"batch": 2, **few}, "batch 1": {"batch": 1, **few},
@@ -196,8 +196,12 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     kinds: dict[str, tuple[tuple[str, ...], bool]] = {
         _BATCH_NORM: ((), False), "converted": ((), True), "without either": (("norm=false",), False),
     }  # fmt: skip
+    if budget == "full":
+        networks = {"torchvision's ResNet-50": ("torchvision:resnet50", ())}
+        del kinds["without either"]  # which torchvision cannot build
     if budget == "toy":
         networks = {"ResNet-20": networks["ResNet-20"]}
+    if budget != "small":
         del columns["batch 2"], columns["batch 1"]
     cells = [
         Cell(f"{network}, {kind}", column, replace(

@@ -20,7 +20,7 @@ class Recipe:
 
     model: str  # as on the command line: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory
     model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
-    initial: str = ""  # .safetensors of parameters to begin with, such as another run's; "": new ones
+    initial: str = ""  # .safetensors of parameters to begin with, before a conversion, such as another run's; "": new
     convert: bool = False  # first replace the model's normalizers, its signal set on training images
     convert_args: tuple[str, ...] = ()  # arguments of the conversion, such as alpha=1 or depthwise=scale
     data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH

@@ -180,12 +180,13 @@ def test_what_stays_is_named():
     assert len(conversion.kept) == 6
     assert isinstance(conversion.model.layer4[0].conv1, nn.Conv2d)
     assert not isinstance(conversion.model.layer4[0].conv1, ScaledWS)
-    weighted = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 3)), nn.BatchNorm2d(8),
-                             nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))  # fmt: skip
-    conversion = convert(weighted, torch.randn(8, 4, 8, 8))
-    (change,) = conversion.kept
-    assert (change.path, change.note) == ("1", "normalizes the output of 0: its weight is parametrized")
-    assert "kept     1  BatchNorm2d" in str(conversion)
+    for parametrize in (nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
+        weighted = nn.Sequential(parametrize(nn.Conv2d(4, 8, 3)), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3),
+                                 nn.BatchNorm2d(8))  # fmt: skip
+        conversion = convert(weighted, torch.randn(8, 4, 8, 8))
+        (change,) = conversion.kept
+        assert (change.path, change.note) == ("1", "normalizes the output of 0: its weight is parametrized")
+        assert "kept     1  BatchNorm2d" in str(conversion)
 
 
 def test_frozen_normalizers_and_detectors():
@@ -271,6 +272,7 @@ def test_parameter_groups():
         ({"norms": "batch"}, ValueError, "norms is 'batch'"),
         ({"norms": ("bacth",)}, ValueError, "it must be a sequence of batch"),
         ({"depthwise": "no"}, ValueError, "depthwise is 'no'"),
+        ({"exclude": "layer4"}, ValueError, r"exclude is 'layer4'; it must be a sequence"),
         ({"exclude": ["layer9"]}, ValueError, "exclude has 'layer9'"),
         ({"images": torch.full((4, 3, 32, 32), torch.nan)}, ValueError, "NaN"),
         ({"images": torch.zeros(4, 3, 32, 32)}, normfree.SignalError, "the output of conv1 is constant"),

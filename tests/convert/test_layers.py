@@ -114,6 +114,19 @@ def test_scale_and_shift_of_other_channels_are_lost_and_said_to_be():
     assert torch.equal(conversion.model.up1.gain, model.norm1.weight)
 
 
+@pytest.mark.parametrize("kind", ["columns", "positions"])
+def test_scale_and_shift_of_another_axis_are_lost_however_long_it_is(kind):
+    if kind == "columns":
+        model, images = nn.Sequential(nn.Conv2d(3, 8, 1), nn.LayerNorm(8)), torch.randn(4, 3, 8, 8)
+    else:
+        model, images = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), torch.randn(6, 8, 4)
+    with torch.no_grad():
+        model[1].weight.uniform_(1, 2)
+    conversion = convert(model, images, norms=("batch", "layer"))
+    assert conversion.changes[1].note == "its scale and shift are lost: no single layer can carry them"
+    assert bool((conversion.model[0].gain == 1).all())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_quantized_layers_stay():
     from torch.ao import quantization

@@ -67,6 +67,7 @@ def test_transposed_convolutions(dims, groups, kernel, stride, dilation, bias, s
         assert torch.allclose(variance, expected), f"variance={variance}, expected {expected}"
     plain = normfree.fold(layer)
     assert type(plain).__name__ == f"FoldedConvTranspose{dims}d"
+    assert plain.weight.is_contiguous()
     assert torch.allclose(plain(x), layer(x), atol=1e-12)
 
 

@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -290,6 +292,43 @@ def test_a_converted_network_trains_and_goes_on(tmp_path):
     assert again.accuracy == whole.accuracy
     with pytest.raises(ValueError, match="nothing in NFResNet can be converted"):
         train(dataclasses.replace(TINY, convert=True), tmp_path / "other", quiet=True)
+
+
+def test_a_trained_network_is_converted_and_trained_on(tmp_path):
+    """From its weights, by the project's own example, a part of the images at a time."""
+    narrow = dataclasses.replace(
+        TINY, model="normfree.studies.small_resnets:CifarResNet", model_args=("depth=8", "width=4"), train_images=240
+    )
+    train(narrow, tmp_path / "original", quiet=True)
+    weights = tmp_path / "original" / "model.safetensors"
+    converted = dataclasses.replace(
+        narrow, initial=str(weights), convert=True, convert_args=("alpha=0.5",), lr=0.0, weight_decay=0.0
+    )
+    result = train(converted, tmp_path / "converted", quiet=True)
+    assert result.step == 3  # 240 images, 96 at a time
+    before, after = load_file(weights), load_file(tmp_path / "converted" / "model.safetensors")
+    assert torch.equal(before["fc.weight"], after["fc.weight"])
+    assert after["layers.0.0.conv2.out_scale"] == 0.5
+    with pytest.raises(FileNotFoundError, match="there is no file of weights"):
+        train(dataclasses.replace(converted, initial="none.safetensors"), tmp_path / "a", quiet=True)
+    with pytest.raises(TrainingError, match="does not fit CifarResNet"):
+        train(dataclasses.replace(converted, model_args=("depth=14", "width=4")), tmp_path / "b", quiet=True)
+    with pytest.raises(ValueError, match=r"cannot be converted: .*'alhpa'"):
+        train(dataclasses.replace(converted, convert_args=("alhpa=1",)), tmp_path / "c", quiet=True)
+    with pytest.raises(ValueError, match="train_images is 2400; there are 1438"):
+        train(dataclasses.replace(converted, train_images=2400), tmp_path / "d", quiet=True)
+    with pytest.raises(ValueError, match="convert_args are given, but convert is not"):
+        dataclasses.replace(converted, convert=False)
+
+
+def test_the_example_of_fine_tuning(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "finetune_converted.py"
+    arguments = ["--epochs", "1", "--then", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [example.name, *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "seed 0: with BatchNorm, 1 epochs: " in said
+    assert "  converted, 1 more: " in said
 
 
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
