@@ -12,6 +12,10 @@ class TrainingError(RuntimeError):
     """A training that cannot begin or go on."""
 
 
+class NotFiniteError(TrainingError):
+    """A training whose loss, gradient or parameters are not finite."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Near misses of `name` among the `known` names, as the end of a sentence: "; did you mean …?", or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

@@ -239,10 +239,8 @@ class _Recorder(TorchDispatchMode):
     # ---- what kind of operation
 
     def _is_weight_layer(self, op: str, args: tuple[Any, ...]) -> bool:
-        if op.startswith(QUANTIZED_WEIGHT_LAYERS) and not any(isinstance(value, Tensor) for value in args[1:]):
-            return True  # the weight is packed into an object
-        if op not in WEIGHT_LAYERS:
-            return False
+        if op not in WEIGHT_LAYERS:  # the weight of a quantized one is packed into an object
+            return op.startswith(QUANTIZED_WEIGHT_LAYERS) and not any(isinstance(value, Tensor) for value in args[1:])
         if "conv" in op or "rnn" in op:
             return True  # also where the weight is computed from the input (conditional convolutions)
         # Attention multiplies two activations; that is no weight layer.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from normfree.errors import TrainingError
+from normfree.errors import NotFiniteError
 from normfree.studies import results
 from normfree.studies.ledger import Cell, Entry, Ledger, Study, Training, fingerprint
 from normfree.training import Recipe, train
@@ -101,21 +101,19 @@ def _next_rate(rates: Sequence[float], tried: Mapping[float, float]) -> float | 
 
 
 def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger) -> bool:
-    """Whether it ended, well or by a loss that is not finite; False where it was interrupted."""
+    """Train one; whether the study is to go on, that is, was not interrupted."""
     words = f"{cell.row} {cell.column}".replace("/", " ").split()
     folder = out / "runs" / "_".join(words) / f"lr_{recipe.lr:g}_seed_{recipe.seed}_{fingerprint(recipe)}"
     start = time.perf_counter()
     top1: float | None = None
-    error = ""
+    error, asked = "", False
     try:
         result = train(recipe, folder, resume="auto", quiet=True, data=data)
         if not result.finished:
             return False
         assert result.accuracy is not None
-        top1 = result.accuracy.top1
-    except TrainingError as failure:
-        if "not finite" not in str(failure):
-            raise
+        top1, asked = result.accuracy.top1, result.asked
+    except NotFiniteError as failure:
         error = str(failure)
     seconds = time.perf_counter() - start
     if recipe.signal_every and recipe.seed == 0:
@@ -125,7 +123,7 @@ def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger) ->
     ledger.add(
         Training(fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed, top1, seconds, error.split(";")[0])
     )
-    return True
+    return not asked
 
 
 def _keep_signal(source: Path, target: Path, named: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from normfree.errors import TrainingError
+from normfree.errors import NotFiniteError, TrainingError
 from normfree.training.batches import Batch
 from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
 from normfree.training.data import Data, load
@@ -35,6 +35,7 @@ class Result:
     finished: bool
     accuracy: Accuracy | None  # of the last evaluation, of the averaged parameters where there are any
     best: float  # highest top-1 accuracy so far, in percent
+    asked: bool = False  # to stop, by a signal, even if it ended first
 
 
 def train(
@@ -111,7 +112,7 @@ class Training:
         if finished and self.accelerator.is_main_process:
             self._finish()
         self.accelerator.wait_for_everyone()
-        return Result(self.out, self.position.step, finished, self.accuracy, self.position.best)
+        return Result(self.out, self.position.step, finished, self.accuracy, self.position.best, interruption.asked)
 
     def _resume(self) -> None:
         """Every process goes on from the checkpoint that the first one chooses."""
@@ -205,7 +206,7 @@ class Training:
         part_loss = self.take_step.part_loss
         found = [locate(self.setup.model, functools.partial(part_loss, batch, count)) for batch in batches]
         where = min((place for places in self._gather(found) for place in places), key=lambda place: place.vague)
-        raise TrainingError(
+        raise NotFiniteError(
             f"{what}; first of all, {where.words}; {self.checkpoints.last_good()} (begin again with a lower learning "
             "rate, or go on with on_nonfinite skip)"
         )
@@ -283,7 +284,7 @@ class Training:
             return
         for name, parameter in self.setup.model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
-                raise TrainingError(
+                raise NotFiniteError(
                     f"the parameter {name} is not finite after step {self.position.step}; "
                     f"{self.checkpoints.last_good()}"
                 )

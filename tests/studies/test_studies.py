@@ -66,9 +66,11 @@ def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp
             raise KeyboardInterrupt
         trained.append((recipe.model, recipe.lr, recipe.seed))
         if recipe.model == "never" or recipe.lr > 1:
-            raise runner.TrainingError("the loss of step 3 is not finite; there is no checkpoint yet")
+            raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
         top1 = 50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed
-        return type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": top1})()})()
+        return type(
+            "Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": top1})()}
+        )()
 
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +90,7 @@ def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp
 
 def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
     recipe = RECIPES["digits"]
-    done = type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    done = type("Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     before = Study("s", "claim", "depth", (Cell("a", "1", recipe),))
     run(before, tmp_path, seeds=1)
@@ -98,7 +100,7 @@ def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
 
 
 def test_some_columns_only(tmp_path, monkeypatch):
-    done = type("Result", (), {"finished": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    done = type("Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     one = study("batch-size", "digits", "toy")
     found = run(one, tmp_path, seeds=2, only=["64"])
@@ -108,6 +110,13 @@ def test_some_columns_only(tmp_path, monkeypatch):
     assert [len(entry.trainings) for entry in found] == [0, 2, 2, 2]
     with pytest.raises(ValueError, match="batch-size has no '65'; it has 256, 64, and BatchNorm, NF"):
         run(one, tmp_path, seeds=2, only=["65"])
+
+
+def test_asked_to_stop_while_a_training_ends_it_begins_no_other(tmp_path, monkeypatch):
+    done = type("Result", (), {"finished": True, "asked": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    monkeypatch.setattr(runner, "train", lambda *_, **__: done)
+    found = run(study("batch-size", "digits", "toy"), tmp_path, seeds=2)
+    assert [len(entry.trainings) for entry in found] == [1, 0, 0, 0]
 
 
 def test_a_foreign_file_is_no_ledger(tmp_path):

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, evaluate_run, train
-from normfree.training import data as data_module
-from normfree.training.data import Arrays, Data
+from normfree.training.data import Arrays, load
 from normfree.training.faults import locate
 
 TINY = dataclasses.replace(
@@ -213,25 +212,24 @@ class Broken(Arrays):
         return super().__getitem__(index)
 
 
-def test_unreadable_images_are_named_and_counted(tmp_path, monkeypatch, capsys):
-    whole = data_module.load("digits")
-    broken = Broken(whole.train.images, whole.train.labels)
-    monkeypatch.setattr(data_module, "load", lambda spec: Data(broken, whole.test, 10, whole.mean, whole.std))
-    result = train(TINY, tmp_path / "run")
+def test_unreadable_images_are_named_and_counted(tmp_path, capsys):
+    whole = load("digits")
+    data = dataclasses.replace(whole, train=Broken(whole.train.images, whole.train.labels))
+    result = train(TINY, tmp_path / "run", data=data)
     assert result.finished
     told = capsys.readouterr().err
     assert told.count("cannot read") == 15
     assert "image 101 (OSError)" in told
     with pytest.raises(TrainingError, match="more than max_unreadable=3"):
-        train(dataclasses.replace(TINY, max_unreadable=3), tmp_path / "limit", quiet=True)
+        train(dataclasses.replace(TINY, max_unreadable=3), tmp_path / "limit", quiet=True, data=data)
 
 
-def test_what_does_not_go_on(tmp_path, monkeypatch):
+def test_what_does_not_go_on(tmp_path):
     out = tmp_path / "run"
     train(TINY, out, quiet=True)
     with pytest.raises(ValueError, match="holds a run already"):
         train(TINY, out, quiet=True)
-    with pytest.raises(ValueError, match=r"lr is 0\.2, was 0\.8"):
+    with pytest.raises(ValueError, match=r"lr is 0\.2, was 0\.4"):
         train(dataclasses.replace(TINY, lr=0.2), out, resume="auto", quiet=True)
     others = dataclasses.replace(TINY, log_every=2, accumulate=2, on_nonfinite="skip", max_unreadable=1)
     assert train(others, out, resume="auto", quiet=True).accuracy is not None
@@ -239,11 +237,10 @@ def test_what_does_not_go_on(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no config\.json"):
         train(TINY, out, resume="auto", quiet=True)
     (out / "elsewhere.json").rename(out / "config.json")
-    whole = data_module.load("digits")
-    smaller = Arrays(whole.train.images[:-5], whole.train.labels[:-5])
-    monkeypatch.setattr(data_module, "load", lambda spec: Data(smaller, whole.test, 10, whole.mean, whole.std))
+    whole = load("digits")
+    smaller = dataclasses.replace(whole, train=Arrays(whole.train.images[:-5], whole.train.labels[:-5]))
     with pytest.raises(ValueError, match="has 1433 training images, but had 1438"):
-        train(TINY, out, resume="auto", quiet=True)
+        train(TINY, out, resume="auto", quiet=True, data=smaller)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is no folder"):
         train(TINY, tmp_path / "file", quiet=True)
