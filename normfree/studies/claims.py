@@ -200,7 +200,7 @@ def _convert(base: Recipe, budget: Budget) -> Study:
         networks = {"torchvision's ResNet-50": ("torchvision:resnet50", ())}
         del kinds["without either"]  # which torchvision cannot build
     if budget == "toy":
-        networks = {"ResNet-20": networks["ResNet-20"]}
+        base, networks = replace(base, train_images=480), {"ResNet-20": networks["ResNet-20"]}
     if budget != "small":
         del columns["batch 2"], columns["batch 1"]
     cells = [
