@@ -6,15 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree import nn as scaled_layers
+from normfree.nn import (
+    ScaledWSConv1d,
+    ScaledWSConv2d,
+    ScaledWSConv3d,
+    ScaledWSConvTranspose1d,
+    ScaledWSConvTranspose2d,
+    ScaledWSConvTranspose3d,
+    ScaledWSLinear,
+)
 from normfree.nn.conv import SameConv2d
-from normfree.nn.plain import KINDS, arguments_of, kind_of
+from normfree.nn.plain import arguments_of, kind_of
 from normfree.nn.scaled import ScaledWS
 from normfree.signal.preparation import is_quantized
 
 _SCALED: dict[type[nn.Module], type[ScaledWS]] = {
-    kind: getattr(scaled_layers, f"ScaledWS{kind.__name__}") for kind in KINDS
-}
+    layer.__bases__[-1]: layer
+    for layer in (
+        ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, ScaledWSConvTranspose1d, ScaledWSConvTranspose2d,
+        ScaledWSConvTranspose3d, ScaledWSLinear,
+    )
+}  # fmt: skip
 _CONVOLUTION = nn.modules.conv._ConvNd
 
 

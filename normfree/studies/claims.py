@@ -24,7 +24,7 @@ def study(name: str, data: str, budget: Budget) -> Study:
     return STUDIES[name](_base(data, budget), budget)
 
 
-# "small" shows about 50,000 images.
+# "small" shows about 50,000 images, if a study does not say otherwise.
 _EPOCHS = {"digits": 35, "fashion_mnist": 1, "instances": 4}
 
 
