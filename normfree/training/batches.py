@@ -33,7 +33,7 @@ class Key(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A transformed image, and which image could not be read, if one could not ("" if all went well)."""
+    """A transformed image (C, H, W), and which image could not be read, if one could not ("" if all went well)."""
 
     image: Tensor
     label: int
@@ -45,22 +45,28 @@ class Example(NamedTuple):
 class Batch(NamedTuple):
     """One process's part of an optimizer step, or one of its accumulated parts."""
 
-    images: Tensor  # (N, C, H, W)
+    images: Tensor  # (N, C, H, W), pixels from 0 to 255
     targets: Tensor  # (N,) labels, or (N, classes) their mixtures
     weights: Tensor  # (N,): 1, or 0 for examples that only fill up
     unreadable: tuple[str, ...]
 
 
 @contextlib.contextmanager
-def seeded(*seed: int) -> Iterator[None]:
-    """Inside, Python, numpy and torch (on the CPU) draw from `seed`; outside nothing has changed."""
+def reseedable() -> Iterator[Callable[..., None]]:
+    """Gives `seed(*numbers)`, after which Python, numpy and torch (on the CPU) draw from those numbers.
+
+    Outside nothing has changed.
+    """
+
+    def seed(*numbers: int) -> None:
+        value = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        random.seed(value)
+        np.random.seed(value)
+        torch.default_generator.manual_seed(value)
+
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    value = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    random.seed(value)
-    np.random.seed(value)
-    torch.default_generator.manual_seed(value)
     try:
-        yield
+        yield seed
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
@@ -80,10 +86,18 @@ class Examples(Dataset[Example]):
         self.training = training
 
     def __getitem__(self, key: Key) -> Example:
-        with seeded(self.seed, key.epoch, key.example):
-            image, label, unreadable = self._read(key.example)
-            weight = key.weight if self.training or not unreadable else 0.0
-            return Example(self.transform(image), label, weight, unreadable, key)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+        """A batch at once, as torch's loader asks for it."""
+        with reseedable() as seed:
+            return [self._make(key, seed) for key in keys]
+
+    def _make(self, key: Key, seed: Callable[..., None]) -> Example:
+        seed(self.seed, key.epoch, key.example)
+        image, label, unreadable = self._read(key.example)
+        weight = key.weight if self.training or not unreadable else 0.0
+        return Example(self.transform(image), label, weight, unreadable, key)
 
     def _read(self, first: int) -> tuple[Any, int, str]:
         unreadable = ""

@@ -267,7 +267,7 @@ class Training:
             self._advance(best=self.accuracy.top1, best_step=self.position.step)
 
     def _test(self, model: nn.Module) -> Accuracy:
-        accuracy, unreadable = evaluate(model, self.setup.test_batches, self.accelerator, self.setup.dtype)
+        accuracy, unreadable = evaluate(model, self.setup.test_batches, self.accelerator, self.setup.normalized)
         self._note_unreadable([name for name in unreadable if name not in self.position.unreadable])
         return accuracy
 

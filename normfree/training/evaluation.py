@@ -16,7 +16,7 @@ from normfree.training.batches import Batch, Examples, Parts, loader
 from normfree.training.model import build, load_weights, model_channels, sizes
 from normfree.training.recipe import Recipe
 from normfree.training.setup import accelerated, testing_order
-from normfree.training.transforms import testing_transform
+from normfree.training.transforms import Normalization, testing_transform
 
 PLAN = "plan.json"
 """In the folder of a run that began with a conversion: which modules it replaced."""
@@ -48,7 +48,7 @@ def totals(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], accelerator: Any, dtype: torch.dtype
+    model: nn.Module, batches: Iterable[Batch], accelerator: Any, normalized: Normalization
 ) -> tuple[Accuracy, list[str]]:
     """The network, in eval mode, on all processes' batches together, and what this process could not read.
 
@@ -65,9 +65,10 @@ def evaluate(
     unreadable: list[str] = []
     try:
         for batch in batches:
-            images, labels, weights = (t.to(accelerator.device) for t in batch[:3])
+            images = normalized(batch.images, accelerator.device)
+            labels, weights = (t.to(accelerator.device) for t in batch[1:3])
             with accelerator.autocast():
-                logits = model(images.to(dtype))
+                logits = model(images)
             total += totals(logits, labels, weights)
             unreadable += batch.unreadable
     finally:
@@ -113,7 +114,8 @@ def evaluate_run(
         examples = Examples(tested.test, testing_transform(tested, size, channels), recipe.seed, training=False)
         parts = Parts(order, accelerator.process_index, accelerator.num_processes)
         batches = loader(examples, parts, workers=recipe.workers, pin=False)
-        accuracy, unreadable = evaluate(network.to(accelerator.device), batches, accelerator, dtype)
+        normalized = Normalization(tested, channels, dtype)
+        accuracy, unreadable = evaluate(network.to(accelerator.device), batches, accelerator, normalized)
     for name in dict.fromkeys(unreadable):
         warnings.warn(f"cannot read {name}", stacklevel=2)
     return accuracy

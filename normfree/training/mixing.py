@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from normfree.training.batches import Batch, Example, collate, seeded
+from normfree.training.batches import Batch, Example, collate, reseedable
 
 
 class Mixing:
@@ -21,11 +21,12 @@ class Mixing:
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Mixed images and the distributions of their labels."""
         batch = collate(examples)
-        targets = F.one_hot(batch.targets, self.classes).to(batch.images.dtype)
-        for first in range(0, len(examples) - 1, 2):
-            pair = slice(first, first + 2)
-            key = examples[first].key
-            # The last number tells these from the draws of the image's own transform.
-            with seeded(self.seed, key.epoch, key.example, 1):
-                batch.images[pair], targets[pair] = self.mixup(batch.images[pair], batch.targets[pair])
-        return batch._replace(targets=targets)
+        images = batch.images.float()
+        targets = F.one_hot(batch.targets, self.classes).to(images.dtype)
+        with reseedable() as seed:
+            for first in range(0, len(examples) - 1, 2):
+                pair = slice(first, first + 2)
+                key = examples[first].key
+                seed(self.seed, key.epoch, key.example, 1)  # 1: other draws than those of the image's transform
+                images[pair], targets[pair] = self.mixup(images[pair], batch.targets[pair])
+        return batch._replace(images=images, targets=targets)

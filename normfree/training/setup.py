@@ -14,7 +14,7 @@ from normfree.training.data import Data, Fewer
 from normfree.training.mixing import Mixing
 from normfree.training.model import build, load_weights, model_channels, sizes, values, weight_decay
 from normfree.training.recipe import Recipe
-from normfree.training.transforms import testing_transform, training_transform
+from normfree.training.transforms import Normalization, testing_transform, training_transform
 
 _CALIBRATION = 64  # images that a conversion sets the signal on
 
@@ -47,6 +47,7 @@ class Setup:
         recipe, accelerator = self.recipe, self.accelerator
         train_size, test_size = sizes(recipe, self.model)
         channels = model_channels(self.model, self.data)
+        self.normalized = Normalization(self.data, channels, self.dtype)
         self.parts = Parts(self.order, accelerator.process_index, accelerator.num_processes)
         test_order = testing_order(recipe, self.data, accelerator.num_processes)
         mixing = Mixing(recipe.mixup, recipe.cutmix, self.data.classes, recipe.seed) if self.order.even else collate
@@ -64,7 +65,7 @@ class Setup:
     def _convert(self) -> Plan:
         """Replace the normalizers of the model; the plan that was followed. Equal on all processes."""
         keys = self.order.step(0, 0)[:_CALIBRATION]
-        images = torch.stack([self.examples[key].image for key in keys]).to(self.dtype)
+        images = self.normalized(collate(self.examples.__getitems__(keys)).images, torch.device("cpu"))
         try:
             conversion = convert(self.model, images, **values(self.recipe.convert_args))
         except TypeError as error:

@@ -83,7 +83,7 @@ class Step:
     def _forward(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, targets and weights."""
         setup, device = self.setup, self.setup.accelerator.device
-        images = batch.images.to(device, setup.dtype, non_blocking=True)
+        images = setup.normalized(batch.images, device)
         if setup.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with setup.accelerator.autocast():

@@ -1,8 +1,9 @@
-"""From an image to what a network takes."""
+"""From an image to what a network takes: on its own to bytes, in a batch and on the device to normalized numbers."""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normfree.training.data import Data
@@ -10,7 +11,7 @@ from normfree.training.recipe import Recipe
 
 
 def training_transform(recipe: Recipe, data: Data, size: int, channels: int) -> Callable[[Any], Tensor]:
-    """Random crops and what else the recipe asks for (timm's), normalized, (channels, size, size)."""
+    """Random crops and what else the recipe asks for (timm's), (channels, size, size), uint8."""
     from timm.data import create_transform
 
     whole = recipe.crop_scale == 1
@@ -23,7 +24,7 @@ def training_transform(recipe: Recipe, data: Data, size: int, channels: int) -> 
 
 
 def testing_transform(data: Data, size: int, channels: int) -> Callable[[Any], Tensor]:
-    """The middle of the image, as the authors cut it (32 pixels off the resized image); small images whole."""
+    """The middle of the image, as the authors cut it (32 pixels off the resized image); small images whole; uint8."""
     from timm.data import create_transform
 
     transform = create_transform(
@@ -33,11 +34,29 @@ def testing_transform(data: Data, size: int, channels: int) -> Callable[[Any], T
     return _converted(transform, channels)
 
 
+class Normalization:
+    """(N, C, H, W) pixels, 0 to 255 -> numbers of `dtype` with the data's mean 0 and standard deviation 1."""
+
+    def __init__(self, data: Data, channels: int, dtype: torch.dtype) -> None:
+        mean, std = _statistics(data, channels)
+        self.mean, self.std = (torch.tensor(values, dtype=dtype)[:, None, None] for values in (mean, std))
+
+    def __call__(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """On the device."""
+        mean, std = (values.to(device, non_blocking=True) for values in (self.mean, self.std))
+        return pixels.to(device, mean.dtype, non_blocking=True).div(255).sub_(mean).div_(std)
+
+
 def _common(data: Data, channels: int) -> dict[str, Any]:
-    statistics = {"mean": data.mean, "std": data.std}
-    if data.channels != channels:
-        statistics = {name: (sum(values) / len(values),) * channels for name, values in statistics.items()}
-    return {"interpolation": "bicubic", "color_jitter": None} | statistics
+    mean, std = _statistics(data, channels)
+    return {"interpolation": "bicubic", "color_jitter": None, "mean": mean, "std": std, "normalize": False}
+
+
+def _statistics(data: Data, channels: int) -> tuple[tuple[float, ...], ...]:
+    """Mean and standard deviation of the data, of as many channels as the model takes."""
+    if data.channels == channels:
+        return data.mean, data.std
+    return tuple((sum(values) / len(values),) * channels for values in (data.mean, data.std))
 
 
 class _Converted:
