@@ -57,6 +57,8 @@ def same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:
 
 def channel_axis_after(op: str, args: Sequence[Any], parents: Sequence[Activation], out: Tensor) -> int | None:
     """Where the channels of an operation's output are, from where its input has them; None where that is lost."""
+    if not out.ndim:
+        return None
     if "conv" in op or "batch_norm" in op or "group_norm" in op:
         return min(1, out.ndim - 1)
     if op in WEIGHT_LAYERS or (op == "native_layer_norm" and len(args[1]) == 1):

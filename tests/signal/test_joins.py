@@ -88,6 +88,7 @@ FORMS = {
     "padding": (lambda m, x: F.pad(x[:, :3], (0, 0, 0, 0, 0, 3)) + m.conv(x), 1, "padding"),
     "broadcast context": (lambda m, x: x + m.other(x.mean((2, 3), keepdim=True)), 1, "identity"),
     "parallel branches": (lambda m, x: x + m.conv(F.relu(m.conv(x))) + m.other(x), 2, "identity"),
+    "divided by a number": (lambda m, x: x + m.conv(x) / x.square().mean().view(1, 1, 1, 1), 1, "identity"),
     "consumed by an activation": (lambda m, x: torch.sigmoid(x + m.conv(x)), 1, "identity"),
     "broadcast embedding": (lambda m, x: m.conv(x) + m.other(x.mean((2, 3), keepdim=True)), 0, None),
     "hand-written activation": (lambda m, x: x * torch.sigmoid(x) + 0.1 * x**3, 0, None),
