@@ -24,7 +24,8 @@ def convert(
     input: Annotated[str, tyro.conf.arg(metavar="noise|photos|DIR")] = "photos",
     batch: int = 16,
     size: int | None = None,
-    alpha: float = 0.2,
+    keep: Literal["weights", "function"] = "weights",
+    alpha: float | None = None,
     exclude: tuple[str, ...] = (),
     depthwise: Literal["standardize", "scale"] = "standardize",
     seed: int = 0,
@@ -38,7 +39,8 @@ def convert(
         input: White noise, crops of two real photographs, or images of a folder.
         batch: Number of images to calibrate with.
         size: Height and width; the model's own if not given.
-        alpha: What residual branches of unit variance are multiplied by.
+        keep: The weights alone, or of a trained network, to be trained on at a low rate, what it computes.
+        alpha: What residual branches of unit variance are multiplied by: 0.2, unless the function is kept.
         exclude: Paths of modules that stay as they are; glob patterns too.
         depthwise: Standardize the filters of depthwise convolutions, or scale them only.
         seed: Of the parameters, where they are new, and of the images.
@@ -55,7 +57,7 @@ def convert(
     draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=image_size)
     if input != "noise":
         draw = batch_function(input, batch, functools.partial(input_shape, size=image_size))
-    conversion = convert_model(network, draw(network), alpha=alpha, exclude=exclude, depthwise=depthwise)
+    conversion = convert_model(network, draw(network), keep=keep, alpha=alpha, exclude=exclude, depthwise=depthwise)
     print(conversion)
     if out is not None:
         announce([conversion.save(out)])

@@ -84,7 +84,8 @@ def convert(
     model: nn.Module,
     images: Any,
     *,
-    alpha: float = 0.2,
+    keep: Literal["weights", "function"] = "weights",
+    alpha: float | None = None,
     norms: Sequence[Norm] = ("batch",),
     exclude: Sequence[str] = (),
     depthwise: Literal["standardize", "scale"] = "standardize",
@@ -99,10 +100,13 @@ def convert(
     every layer's `in_scale` is set so that on the images its output has the variance that the normalizer would have
     given it, at the end of a branch where it joins, and its bias so that its channels have those means. Modules are
     replaced, no forward is touched. The weights are preserved, up to a factor per layer that standardization ignores;
-    the function is not.
+    the function is not, unless it is asked for.
 
     images     a batch, as for `characterize`, or a DataLoader, of which the first 64 images are taken
-    alpha      what branches of unit variance are multiplied by
+    keep       "weights", or "function", for a trained network that is to be trained on at a low rate: α is 1, filters
+               are scaled without subtracting their means, such that the network computes what the original does in
+               eval mode; normalizers without running statistics, or of anything but one layer's output, stay
+    alpha      what branches of unit variance are multiplied by; None: 0.2
     norms      which normalizers go: "batch" (frozen and synchronized ones too), "group", "layer", "instance"
     exclude    paths of modules that stay as they are, with everything in them; glob patterns too
     depthwise  of convolutions with one channel per group: "standardize", or "scale", without subtracting the mean
@@ -111,7 +115,8 @@ def convert(
     Raises ValueError where nothing can be converted or an argument cannot be, TypeError for what is no module, and
     SignalError where the model does not run on the images or a variance cannot be set.
     """
-    _check(model, alpha, norms, exclude, depthwise)
+    _check(model, keep, alpha, norms, exclude, depthwise)
+    alpha = 0.2 if alpha is None else alpha
     paths = _selected(model, norms, exclude)
     images = _batch(images)
     before = characterize(model, images)
@@ -120,7 +125,7 @@ def convert(
     tape = Tape()
     _run(model, tape, args, kwargs)
     structure = read_structure(tape, paths)
-    kept = kept_norms(model, structure, paths, exclude)
+    kept = kept_norms(model, structure, paths, exclude, exactly=keep == "function")
     removed = [path for path in sorted(paths) if path not in kept]
     if not removed:
         reasons = "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3])
@@ -128,8 +133,11 @@ def convert(
             f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
         )
     multipliers = {name for join in find_joins(tape) for name in join.parameters}
-    plan = make_plan(model, structure, removed, scale_depthwise=depthwise == "scale")
+    plan = make_plan(model, structure, removed, exactly=keep == "function", scale_depthwise=depthwise == "scale")
     changes = list_changes(model, plan, kept)
+    if keep == "function":
+        plan.apply(model, computing=True)
+        return Conversion(model, changes, before, characterize(model, images), 0.0, plan)
     layers = plan.apply(model)
     for planned in plan.layers:
         layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
@@ -168,7 +176,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _check(model: Any, alpha: float, norms: Sequence[str], exclude: Sequence[str], depthwise: str) -> None:
+def _check(
+    model: Any, keep: str, alpha: float | None, norms: Sequence[str], exclude: Sequence[str], depthwise: str
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module")
     if isinstance(norms, str) or not norms or not set(norms) <= set(_NORMS):
@@ -177,8 +187,12 @@ def _check(model: Any, alpha: float, norms: Sequence[str], exclude: Sequence[str
         raise ValueError(f"exclude is {exclude!r}; it must be a sequence of paths or patterns: [{exclude!r}]")
     if depthwise not in ("standardize", "scale"):
         raise ValueError(f"depthwise is {depthwise!r}; it must be 'standardize' or 'scale'")
-    if not 0 < alpha < math.inf:
+    if keep not in ("weights", "function"):
+        raise ValueError(f"keep is {keep!r}; it must be 'weights' or 'function'")
+    if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; it must be positive")
+    if alpha is not None and keep == "function":
+        raise ValueError(f"alpha is {alpha}; where the function is kept, branches are not scaled")
 
 
 def _batch(images: Any) -> Any:

@@ -47,8 +47,11 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"it holds no plan of a conversion ({error!r})") from error
 
-    def apply(self, model: nn.Module) -> dict[str, ScaledWS]:
-        """Replace the modules; the new weight layers by path. Raises ValueError for a network that has others."""
+    def apply(self, model: nn.Module, *, computing: bool = False) -> dict[str, ScaledWS]:
+        """Replace the modules; the new weight layers by path. With `computing` they do what their normalizers did.
+
+        Raises ValueError for a network that has others.
+        """
         modules = dict(model.named_modules())
         wanted = {planned.path for planned in self.layers} | {norm.path for norm in self.removed} | set(self.settled)
         if not wanted <= modules.keys():
@@ -60,6 +63,8 @@ class Plan:
             layer = layers[planned.path] = scaled(modules[planned.path], planned)
             if planned.norm is not None:
                 _take_over(layer, *_affine(modules[planned.norm]))
+            if computing:
+                _compute(layer, modules[planned.path], modules[planned.norm or ""])
             if planned.standardize:
                 _normalize(layer)
             put(model, modules[planned.path], layer)
@@ -68,8 +73,13 @@ class Plan:
         return layers
 
 
-def kept_norms(model: nn.Module, structure: Structure, norms: set[str], exclude: Sequence[str]) -> dict[str, str]:
-    """Normalizers that stay, and why: a weight layer whose output they normalize cannot be replaced."""
+def kept_norms(
+    model: nn.Module, structure: Structure, norms: set[str], exclude: Sequence[str], *, exactly: bool
+) -> dict[str, str]:
+    """Normalizers that stay, and why: a weight layer whose output they normalize cannot be replaced.
+
+    With `exactly` those too of which no layer can take over what they do in eval mode.
+    """
     kept: dict[str, str] = {}
     for path in sorted(norms):
         sources = structure.sources.get(path)
@@ -85,20 +95,27 @@ def kept_norms(model: nn.Module, structure: Structure, norms: set[str], exclude:
                 if why:
                     kept[path] = f"normalizes the output of {source or 'the model'}: {why}"
                     break
+        if exactly and path not in kept:
+            if _carrier(model, structure, path) is None:
+                kept[path] = "no single layer can do what it does: it takes no layer's output as it is"
+            elif getattr(model.get_submodule(path), "running_var", None) is None:
+                kept[path] = "it has no running statistics"
     return kept
 
 
-def make_plan(model: nn.Module, structure: Structure, removed: Sequence[str], *, scale_depthwise: bool) -> Plan:
-    """The plan that removes these normalizers."""
-    norm_of = {layer: norm for norm, layer in structure.direct.items() if norm in removed and _fits(model, norm, layer)}
+def make_plan(
+    model: nn.Module, structure: Structure, removed: Sequence[str], *, exactly: bool, scale_depthwise: bool
+) -> Plan:
+    """The plan that removes these normalizers, or with `exactly` has layers do what they do in eval mode."""
+    norm_of = {_carrier(model, structure, norm): norm for norm in removed}
     layers, norms, settled = [], [], []
     for path in dict.fromkeys(layer for norm in removed for layer in sorted(structure.sources[norm])):
         layer: Any = model.get_submodule(path)
         norm = norm_of.get(path)
         # A bias before a normalizer is without effect; after it comes the normalizer's.
         bias = layer.bias is not None if norm is None else _affine(model.get_submodule(norm))[1] is not None
-        standardize = not (scale_depthwise and is_depthwise(layer))
-        layers.append(Planned(path, norm, bias, path in structure.ends, standardize))
+        standardize = not exactly and not (scale_depthwise and is_depthwise(layer))
+        layers.append(Planned(path, norm, bias or exactly, path in structure.ends, standardize))
     for path in removed:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
         writers = set() if path in structure.direct else structure.overwritten.get(path, set())
@@ -125,10 +142,14 @@ def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str]) -> tuple[Ch
     return tuple(Change(path, type(model.get_submodule(path)).__name__, *found[path]) for path in order)
 
 
-def _fits(model: nn.Module, norm: str, layer: str) -> bool:
-    """Whether the normalizer scales the channels that the layer puts out: a reshape may stand between them."""
+def _carrier(model: nn.Module, structure: Structure, norm: str) -> str | None:
+    """The weight layer, one that can be replaced, whose gain and bias can be the normalizer's scale and shift."""
+    layer = structure.direct.get(norm)
     weight, _ = _affine(model.get_submodule(norm))
-    return weight is None or weight.shape == (out_channels(model.get_submodule(layer)),)
+    if layer is None or weight is None:
+        return layer
+    # A reshape may stand between them, so that it scales other channels.
+    return layer if weight.shape == (out_channels(model.get_submodule(layer)),) else None
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -146,6 +167,22 @@ def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> N
         if layer.bias is not None and bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone().to(layer.weight), requires_grad=bias.requires_grad)
     layer.gain.requires_grad_(weight is not None and weight.requires_grad)
+
+
+def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
+    """Gains, common scale and bias such that the layer does what `plain` and then `norm`, in eval mode, do."""
+    with torch.no_grad():
+        scales = (norm.running_var.double() + norm.eps).rsqrt()
+        common = scales.log().mean().exp()  # so that gains are about as large as the normalizer's
+        weight, shift = _affine(norm)
+        slopes = scales if weight is None else scales * weight
+        if layer.skip_gain is not None:
+            layer.skip_gain.fill_(1)
+        layer.in_scale.copy_(common)
+        layer.gain.copy_(slopes / common)
+        mean = norm.running_mean.double() - (0 if plain.bias is None else plain.bias)
+        assert layer.bias is not None
+        layer.bias.copy_((0 if shift is None else shift) - slopes * mean)
 
 
 def _normalize(layer: ScaledWS) -> None:

@@ -22,7 +22,7 @@ class Recipe:
     model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
     initial: str = ""  # .safetensors of parameters to begin with, before a conversion, such as another run's; "": new
     convert: bool = False  # first replace the model's normalizers, its signal set on training images
-    convert_args: tuple[str, ...] = ()  # arguments of the conversion, such as alpha=1 or depthwise=scale
+    convert_args: tuple[str, ...] = ()  # arguments of the conversion, such as alpha=1 or keep=function
     data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
     train_images: int | None = None  # how many of the training images, evenly spaced; None: all
     image_size: int | None = None  # pixels; None: the model's own

@@ -246,6 +246,45 @@ def test_depthwise_filters_may_keep_their_mean():
     assert {layer.standardize for layer in layers if layer.groups == 1} == {True}
 
 
+@pytest.mark.parametrize(
+    "name", ["torchvision:resnet18", "torchvision:mobilenet_v2", "timm:seresnet33ts", "timm:dla34", "timm:regnety_002"]
+)
+def test_what_a_trained_network_computes_can_be_kept(name, tmp_path):
+    model = build(name).double()
+    generator = torch.Generator().manual_seed(0)
+    for norm in norms(model):
+        for values, low, high in (
+            (norm.weight, -0.5, 1.5), (norm.bias, -0.5, 0.5), (norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2)
+        ):  # fmt: skip
+            nn.init.uniform_(values, low, high, generator=generator)
+    images = IMAGES.double()
+    conversion = convert(model, images, keep="function")
+    assert not norms(conversion.model)
+    with torch.no_grad():
+        expected, found = model.eval()(images), conversion.model.eval()(images)
+        assert torch.allclose(found, expected, atol=1e-9 * expected.std().item())
+        again = load_converted(build(name).double(), conversion.save(tmp_path / "kept.safetensors")).eval()
+        assert torch.equal(again(images), found)
+    conversion.model.train()(images[:1]).sum().backward()
+
+
+def test_what_no_layer_can_do_stays_where_the_function_is_kept():
+    conversion = convert(build("timm:resnetv2_50"), IMAGES, keep="function")
+    assert len(conversion.kept) == len(norms(conversion.model)) == 17
+    assert {change.note for change in conversion.kept} == {
+        "no single layer can do what it does: it takes no layer's output as it is"
+    }
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=None),
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4),
+    )  # fmt: skip
+    plain(IMAGES)
+    conversion = convert(plain, IMAGES, keep="function", norms=("batch", "group"))
+    reasons = {change.path: change.note for change in conversion.kept}
+    assert reasons == dict.fromkeys("57", "it has no running statistics")
+    assert torch.allclose(conversion.model.eval()(IMAGES), plain.eval()(IMAGES), atol=1e-5)
+
+
 def test_other_normalizers_go_when_asked():
     model = timm.create_model("resnet26", num_classes=10, norm_layer="groupnorm")
     with pytest.raises(ValueError, match="it has no such normalizer"):
@@ -269,6 +308,8 @@ def test_parameter_groups():
         ({"model": nn.Linear(3, 3)}, ValueError, "nothing in Linear can be converted"),
         ({"model": nn.BatchNorm2d(3)}, ValueError, "is a normalizer itself"),
         ({"alpha": 0}, ValueError, "alpha is 0"),
+        ({"keep": "all"}, ValueError, "keep is 'all'"),
+        ({"keep": "function", "alpha": 0.2}, ValueError, "where the function is kept, branches are not scaled"),
         ({"norms": "batch"}, ValueError, "norms is 'batch'"),
         ({"norms": ("bacth",)}, ValueError, "it must be a sequence of batch"),
         ({"depthwise": "no"}, ValueError, "depthwise is 'no'"),

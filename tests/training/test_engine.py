@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -139,16 +140,24 @@ def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
 def test_parts_of_one_class_change_nothing_but_for_batch_norm(tmp_path):
     """The same batches, cut into parts of one class each or mixed: one normalizer-free network, two with BatchNorm."""
     differences = {}
-    for model in ("nf_resnet26", "bn_resnet26"):
+    small = ("normfree.studies.small_resnets:CifarResNet", ("depth=8", "width=4"))
+    for name, (model, arguments), converted in (
+        ("nf", ("nf_resnet26", TINY.model_args), False),
+        ("bn", ("bn_resnet26", TINY.model_args), False),
+        ("converted", small, True),
+        ("unconverted", small, False),
+    ):
         recipe = dataclasses.replace(
-            TINY, model=model, precision="double", batch=80, accumulate=8, stochastic_depth_rate=0.0, lr=0.2
-        )
+            TINY, model=model, model_args=arguments, convert=converted, precision="double", batch=64, accumulate=8,
+            stochastic_depth_rate=0.0, lr=0.2,
+        )  # fmt: skip
         for cut in ("by_class", "dealt"):
-            train(dataclasses.replace(recipe, cut=cut), tmp_path / model / cut, quiet=True)
-        one, other = (load_file(tmp_path / model / cut / "model.safetensors") for cut in ("by_class", "dealt"))
-        differences[model] = max((one[key] - other[key]).abs().max().item() for key in one if "running" not in key)
+            train(dataclasses.replace(recipe, cut=cut), tmp_path / name / cut, quiet=True)
+        one, other = (load_file(tmp_path / name / cut / "model.safetensors") for cut in ("by_class", "dealt"))
+        differences[name] = max((one[key] - other[key]).abs().max().item() for key in one if "running" not in key)
     print(differences)
-    assert differences["nf_resnet26"] < 1e-10 < 1e-3 < differences["bn_resnet26"], differences
+    assert max(differences["nf"], differences["converted"]) < 1e-10, differences
+    assert min(differences["bn"], differences["unconverted"]) > 1e-3, differences
 
 
 def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path):
@@ -320,12 +329,14 @@ def test_a_trained_network_is_converted_and_trained_on(tmp_path):
 
 def test_the_example_of_fine_tuning(tmp_path, monkeypatch, capsys):
     example = Path(__file__).parents[2] / "examples" / "finetune_converted.py"
-    arguments = ["--epochs", "1", "--then", "1", "--out", str(tmp_path)]
+    arguments = ["--epochs", "2", "--then", "0.5", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [example.name, *arguments])
     runpy.run_path(str(example), run_name="__main__")
     said = capsys.readouterr().out
-    assert "seed 0: with BatchNorm, 1 epochs: " in said
-    assert "  converted, 1 more: " in said
+    original, kept, weights, new = map(float, re.findall(r"(\d+\.\d) %", said))
+    assert "converted, 0.5 epochs" in said
+    assert kept > original - 5, said
+    assert max(weights, new) < original, said
 
 
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
