@@ -16,7 +16,7 @@ from pathlib import Path
 from normfree.training import RECIPES, Recipe, train
 from normfree.training.data import load
 
-RATES = {"function": 0.02, "weights": 0.4}
+RATES = {"function": 0.02, "weights": 0.1}
 
 
 def main() -> None:
