@@ -91,12 +91,15 @@ def _best(tried: Mapping[float, float]) -> float | None:
 
 
 def _next_rate(rates: Sequence[float], tried: Mapping[float, float]) -> float | None:
-    """From the middle one upwards, or else downwards, until both neighbours of the best are known; None then."""
+    """From the middle one downwards, or else upwards, until both neighbours of the best are known; None then.
+
+    Downwards first: beyond a rate that fails may be one that merely kills the network.
+    """
     best = _best(tried)
     if best is None:
         return rates[len(rates) // 2]
     place = rates.index(best)
-    neighbours = (*rates[place + 1 : place + 2], *rates[max(place - 1, 0) : place])
+    neighbours = (*rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])
     return next((lr for lr in neighbours if lr not in tried), None)
 
 

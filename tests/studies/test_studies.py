@@ -78,10 +78,10 @@ def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp
     with pytest.raises(KeyboardInterrupt):
         run(one, tmp_path, seeds=3)
     tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in ("high", "low", "never")}
-    # From the middle upwards, else downwards, until both neighbours of the best are known.
-    assert tried["high"] == [(0.4, 0), (0.8, 0), (1.6, 0), (0.8, 1), (0.8, 2)]
-    assert tried["low"] == [(0.4, 0), (0.8, 0), (0.2, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
-    assert tried["never"][:2] == [(0.4, 0), (0.8, 0)]
+    # From the middle downwards, else upwards, until both neighbours of the best are known.
+    assert tried["high"] == [(0.4, 0), (0.2, 0), (0.8, 0), (1.6, 0), (0.8, 1), (0.8, 2)]
+    assert tried["low"] == [(0.4, 0), (0.2, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
+    assert tried["never"][:3] == [(0.4, 0), (0.2, 0), (0.1, 0)]
     found = entries(one, tmp_path, 3)
     titles, rows = table(one, found, tmp_path)
     assert titles == ["depth", "1"]
