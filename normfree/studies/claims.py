@@ -217,7 +217,7 @@ def _convert(base: Recipe, budget: Budget) -> Study:
         "convert",
         "A converted network trains as well as with BatchNorm, and where BatchNorm does not: on small batches, and on "
         "parts of one class.",
-        "network", tuple(cells), _rates(budget),
+        "batches", tuple(cells), _rates(budget),
     )  # fmt: skip
 
 
