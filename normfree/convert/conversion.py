@@ -132,12 +132,12 @@ def convert(
         raise ValueError(
             f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
         )
-    multipliers = {name for join in find_joins(tape) for name in join.parameters}
     plan = make_plan(model, structure, removed, exactly=keep == "function", scale_depthwise=depthwise == "scale")
     changes = list_changes(model, plan, kept)
     if keep == "function":
         plan.apply(model, computing=True)
         return Conversion(model, changes, before, characterize(model, images), 0.0, plan)
+    multipliers = {name for join in find_joins(tape) for name in join.parameters}
     layers = plan.apply(model)
     for planned in plan.layers:
         layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)

@@ -63,8 +63,8 @@ class Plan:
             layer = layers[planned.path] = scaled(modules[planned.path], planned)
             if planned.norm is not None:
                 _take_over(layer, *_affine(modules[planned.norm]))
-            if computing:
-                _compute(layer, modules[planned.path], modules[planned.norm or ""])
+                if computing:
+                    _compute(layer, modules[planned.path], modules[planned.norm])
             if planned.standardize:
                 _normalize(layer)
             put(model, modules[planned.path], layer)
