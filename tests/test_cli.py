@@ -168,15 +168,6 @@ def test_a_closed_pipe_is_no_error():
     assert "Traceback" not in done.stderr
 
 
-def test_demo(run, tmp_path):
-    code, out, err = run("demo", "--depth", "26", "--seeds", "1", "--batch", "2", "--epochs", "1", "--out", "report")
-    assert code == 0, err
-    assert out.count("trained on digits 4 images at a time") == 3
-    assert out.count("nf_resnet26 on") == 2
-    assert (tmp_path / "report" / "index.html").stat().st_size > 500_000
-    assert (tmp_path / "report" / "index.png").stat().st_size > 50_000
-
-
 def test_convert(run, tmp_path):
     code, out, err = run(
         "convert", "torchvision:resnet18", "--size", "64", "--batch", "4", "--input", "noise",

@@ -186,10 +186,12 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     }
     # A step of one image takes nearly as long as one of eight: fewer of them, for all networks alike.
     few: dict[str, Any] = {}
+    longer: dict[str, Any] = {"epochs": 2 * base.epochs, "warmup_epochs": 2 * base.warmup_epochs}
+    longer["evaluate_every"] = longer["epochs"]
     if budget == "small" and base.data.startswith("fashion_mnist"):
-        base, few = replace(base, train_images=30000), {"train_images": 5000}
+        base, few, longer = replace(base, train_images=30000), {"train_images": 5000}, longer | {"train_images": None}
     columns: dict[str, dict[str, Any]] = {
-        "batch 64": {}, "batch 2": {"batch": 2, **few}, "batch 1": {"batch": 1, **few},
+        "batch 64": {}, "batch 64, longer": longer, "batch 2": {"batch": 2, **few}, "batch 1": {"batch": 1, **few},
         "8 mixed parts": {"cut": "dealt", "accumulate": 8},
         "8 parts of one class": {"cut": "by_class", "accumulate": 8},
     }  # fmt: skip
@@ -202,7 +204,7 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     if budget == "toy":
         base, networks = replace(base, train_images=480), {"ResNet-20": networks["ResNet-20"]}
     if budget != "small":
-        del columns["batch 2"], columns["batch 1"]
+        del columns["batch 64, longer"], columns["batch 2"], columns["batch 1"]
     plain = next(iter(columns))  # what all are compared on; how batches are cut, by one network alone
     cells = [
         Cell(f"{network}, {kind}", column, replace(
