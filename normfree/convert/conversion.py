@@ -20,7 +20,7 @@ from normfree.convert.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.signal import SignalReport, characterize
 from normfree.signal.inputs import as_call, map_tensors, tensors
-from normfree.signal.preparation import closed_multipliers, closed_parameters, measuring, opened
+from normfree.signal.preparation import closed_multipliers, closed_parameters, is_quantized, measuring, opened
 from normfree.signal.residual import find_joins
 from normfree.signal.tape import Tape
 
@@ -128,10 +128,7 @@ def convert(
     kept = kept_norms(model, structure, paths, exclude, exactly=keep == "function")
     removed = [path for path in sorted(paths) if path not in kept]
     if not removed:
-        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3])
-        raise ValueError(
-            f"nothing in {type(model).__name__} can be converted ({reasons or 'it has no such normalizer'})"
-        )
+        raise _nothing_to_convert(model, "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3]))
     plan = make_plan(model, structure, removed, exactly=keep == "function", scale_depthwise=depthwise == "scale")
     changes = list_changes(model, plan, kept)
     if keep == "function":
@@ -211,15 +208,23 @@ def _batch(images: Any) -> Any:
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    """Paths of the normalizers to remove. Raises ValueError for an `exclude` that matches nothing."""
-    known = [path for path, _ in model.named_modules()]
+    """Paths of the normalizers to remove. Raises ValueError for an `exclude` that matches nothing, and without any."""
+    known = dict(model.named_modules())
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
             raise ValueError(f"exclude has {pattern!r}, which is no module of {type(model).__name__}")
     found = set().union(*(norm_paths(model, *_NORMS[norm]) for norm in norms))
     if "" in found:
         raise ValueError("the model is a normalizer itself")
+    quantized = [path for path, module in known.items() if is_quantized(module)]
+    if not found.difference(quantized):
+        why = f"it is quantized, at {quantized[0]}: convert it before" if quantized else "it has no such normalizer"
+        raise _nothing_to_convert(model, why)
     return found
+
+
+def _nothing_to_convert(model: nn.Module, why: str) -> ValueError:
+    return ValueError(f"nothing in {type(model).__name__} can be converted ({why})")
 
 
 def _run(model: nn.Module, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

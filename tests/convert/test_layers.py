@@ -144,6 +144,23 @@ def test_quantized_layers_stay():
         convert(quantization.prepare_qat(model), torch.randn(8, 3, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_network_that_is_quantized_altogether_is_refused(fused, monkeypatch):
+    from torch.ao import quantization
+
+    monkeypatch.setattr(torch.backends.quantized, "engine", torch.backends.quantized.supported_engines[-1])
+    model = torchvision.models.quantization.resnet18(weights=None, quantize=False).eval()
+    if fused:
+        model.fuse_model()
+    model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
+    images = torch.randn(2, 3, 64, 64)
+    quantization.prepare(model, inplace=True)(images)
+    quantization.convert(model, inplace=True)
+    with pytest.raises(ValueError, match=r"nothing in QuantizableResNet can be converted \(it is quantized, at \w+: "):
+        convert(model, images)
+
+
 def test_lazy_layers_are_refused_until_they_have_run():
     lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU())
     images = torch.randn(8, 3, 8, 8)
