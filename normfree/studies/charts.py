@@ -36,7 +36,8 @@ def _points(study: Study, entry: Entry) -> list[dict[str, Any]]:
 def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis: str) -> Any:
     alt = altair()
     color = alt.Color("row:N", title=None, sort=None).scale(range=COLORS)
-    chart = alt.Chart(alt.Data(values=points), width=420, height=280)
+    width = max(420, 6 * len(columns) * max(map(len, columns)))  # names of columns beside each other
+    chart = alt.Chart(alt.Data(values=points), width=width, height=280)
     accuracy = {"title": "Accuracy, %", "scale": alt.Scale(zero=False)}
     if len(columns) == 1:
         rows = alt.Y("row:N", title=None, sort=None, axis=alt.Axis(labelLimit=0))
