@@ -208,7 +208,7 @@ def _batch(images: Any) -> Any:
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    """Paths of the normalizers to remove. Raises ValueError for an `exclude` that matches nothing, and without any."""
+    """Paths of the normalizers to remove. Raises ValueError where there are none, and for an `exclude` without a match."""
     known = dict(model.named_modules())
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
@@ -218,8 +218,9 @@ def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) ->
         raise ValueError("the model is a normalizer itself")
     quantized = [path for path, module in known.items() if is_quantized(module)]
     if not found.difference(quantized):
-        why = f"it is quantized, at {quantized[0]}: convert it before" if quantized else "it has no such normalizer"
-        raise _nothing_to_convert(model, why)
+        reasons = [] if found else ["it has no such normalizer"]
+        reasons += [f"{path} is quantized: convert the network before that" for path in quantized[:1]]
+        raise _nothing_to_convert(model, "; ".join(reasons))
     return found
 
 

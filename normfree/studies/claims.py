@@ -186,10 +186,10 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     }
     # A step of one image takes nearly as long as one of eight: fewer of them, for all networks alike.
     few: dict[str, Any] = {}
-    longer: dict[str, Any] = {"epochs": 2 * base.epochs, "warmup_epochs": 2 * base.warmup_epochs}
-    longer["evaluate_every"] = longer["epochs"]
+    epochs = 2 * base.epochs
+    longer = {"epochs": epochs, "warmup_epochs": 0.1 * epochs, "evaluate_every": epochs, "train_images": None}
     if budget == "small" and base.data.startswith("fashion_mnist"):
-        base, few, longer = replace(base, train_images=30000), {"train_images": 5000}, longer | {"train_images": None}
+        base, few = replace(base, train_images=30000), {"train_images": 5000}
     columns: dict[str, dict[str, Any]] = {
         "batch 64": {}, "batch 64, longer": longer, "batch 2": {"batch": 2, **few}, "batch 1": {"batch": 1, **few},
         "8 mixed parts": {"cut": "dealt", "accumulate": 8},
