@@ -208,7 +208,7 @@ def _batch(images: Any) -> Any:
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    """Paths of the normalizers to remove. Raises ValueError where there are none, and for an `exclude` without a match."""
+    """Paths of the normalizers to remove. Raises ValueError where none are, and for an `exclude` without a match."""
     known = dict(model.named_modules())
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
