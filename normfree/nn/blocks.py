@@ -21,8 +21,6 @@ class _Gate(Scales):
     section 4.3), and 1 elsewhere.
     """
 
-    out_scale: Tensor
-
     def __init__(self, gate_scale: float, out_scale: float, skip_gain: float | None) -> None:
         super().__init__()
         self.gate_scale = gate_scale
@@ -34,9 +32,7 @@ class _Gate(Scales):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.gate_scale * self.out_scale
-        if self.skip_gain is not None:
-            scale = scale * self.skip_gain
+        scale = self.gate_scale * self._out_scale()
         gate = torch.sigmoid(self._logits(x.mean((2, 3))))
         return x * (gate * scale.to(gate.dtype))[:, :, None, None]
 

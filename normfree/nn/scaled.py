@@ -23,7 +23,6 @@ class ScaledWS(Scales):
     """
 
     in_scale: Tensor
-    out_scale: Tensor
     gain: nn.Parameter
     weight: Tensor
     bias: Tensor | None
@@ -80,7 +79,7 @@ class ScaledWS(Scales):
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """What multiplies the standardized filters, (out_channels,), and b_eff."""
-        out_scale = self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain
+        out_scale = self._out_scale()
         bias = None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
         return self.gain * (self.in_scale * out_scale), bias
 
@@ -110,12 +109,13 @@ class ScaledWS(Scales):
 
 SCALES_DOC = """in_scale         what the input must be multiplied by: the activation's γ, the block's β
     out_scale        what the output must be multiplied by: the branch's α
-    skip_gain        initial value of a learnable scalar that multiplies the output (SkipInit); None: there is none
+    skip_gain        initial value of what the output is multiplied by, learnable (SkipInit); None: there is none
     eps              clamp on N · var(W)
     standardize      False leaves the filters as they are: the ablation that shows the mean shift
 
     All three scales are carried by the weight, `effective_parameters()`: no pass over activations. `gain` is
-    (out_channels,). `in_scale` and `out_scale` are persistent float32 buffers (float64 in a float64 layer).
+    (out_channels,), `skip_gain` (1,). `in_scale` and `out_scale` are persistent float32 buffers (float64 in a
+    float64 layer).
 
     Raises ValueError for what torch's class refuses, and for eps ≤ 0."""
 """Of the arguments that all of these layers have."""

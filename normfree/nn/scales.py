@@ -13,7 +13,8 @@ class Scales(nn.Module):
     then with all of their digits.
     """
 
-    skip_gain: nn.Parameter | None
+    out_scale: Tensor  # where there is one
+    skip_gain: nn.Parameter | None  # (1,)
 
     def _register_scales(self, like: Tensor, *, skip_gain: float | None = None, **scales: float) -> None:
         """Persistent buffers of these names and values, on the device of `like` and at least float32."""
@@ -22,7 +23,12 @@ class Scales(nn.Module):
         self._initial_skip_gain = skip_gain
         for name in scales:
             self.register_buffer(name, torch.empty((), dtype=exact, device=like.device))
-        self.skip_gain = None if skip_gain is None else nn.Parameter(like.new_empty(()))
+        # Of one dimension: torch's FSDP shards no scalars.
+        self.skip_gain = None if skip_gain is None else nn.Parameter(like.new_empty(1))
+
+    def _out_scale(self) -> Tensor:
+        """out_scale · skip_gain, a scalar."""
+        return self.out_scale if self.skip_gain is None else self.out_scale * self.skip_gain.squeeze(0)
 
     def reset_scales(self) -> None:
         """The values that the module was made with."""

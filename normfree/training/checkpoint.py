@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from normfree.errors import TrainingError
+from normfree.training.sharding import load_whole
 
 _MANIFEST, _POSITION, _EMA = "manifest.json", "position.json", "ema.safetensors"
 
@@ -52,10 +53,11 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
             accelerator.wait_for_everyone()
             accelerator.save_state(str(temporary))
+            averaged = None if ema is None else accelerator.get_state_dict(ema)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                if ema is not None:
-                    save_file({name: t.contiguous() for name, t in ema.state_dict().items()}, temporary / _EMA)
+                if averaged is not None:
+                    save_file({name: t.contiguous() for name, t in averaged.items()}, temporary / _EMA)
                 (temporary / _POSITION).write_text(json.dumps(asdict(position), indent=2) + "\n")
                 _seal(temporary)
                 aside = self.folder / f".writing_{position.step:08d}_before"
@@ -114,10 +116,18 @@ def restore(path: Path, accelerator: Any, ema: torch.nn.Module | None) -> None:
     Tensors are read as safetensors or by torch's weights-only loader, the rest as JSON. Raises TrainingError where a
     file does not fit.
     """
+    from accelerate.utils.constants import FSDP_MODEL_NAME
+
+    sharded = (path / f"{FSDP_MODEL_NAME}.bin").exists()
+    if sharded != accelerator.is_fsdp2:
+        which = "sharded" if sharded else "whole"
+        raise TrainingError(
+            f"{path} was written with {which} parameters (FSDP or not): go on with it as it was launched"
+        )
     try:
         accelerator.load_state(str(path))
         if ema is not None:
-            ema.load_state_dict(load_file(path / _EMA))
+            load_whole(ema, load_file(path / _EMA))
     except Exception as error:
         raise TrainingError(f"{path} does not fit this training: {error}") from error
 

@@ -23,6 +23,7 @@ from normfree.training.log import COLUMNS, Screen, Table
 from normfree.training.monitor import SignalMonitor
 from normfree.training.recipe import UNBOUND, Recipe
 from normfree.training.setup import Setup, accelerated
+from normfree.training.sharding import finite
 from normfree.training.step import Outcome, Step
 
 
@@ -109,7 +110,7 @@ class Training:
                 screen.say(f"stopped after step {self.position.step}; the same command with --resume auto goes on")
         if finished and self.accuracy is None:  # nothing was left to do
             self.accuracy = self._test(self.setup.ema.module if self.setup.ema is not None else self.setup.model)
-        if finished and self.accelerator.is_main_process:
+        if finished:
             self._finish()
         self.accelerator.wait_for_everyone()
         return Result(self.out, self.position.step, finished, self.accuracy, self.position.best, interruption.asked)
@@ -283,7 +284,7 @@ class Training:
         if self.position == self.saved:
             return
         for name, parameter in self.setup.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not finite(parameter):
                 raise NotFiniteError(
                     f"the parameter {name} is not finite after step {self.position.step}; "
                     f"{self.checkpoints.last_good()}"
@@ -292,13 +293,14 @@ class Training:
         self.saved = self.position
 
     def _finish(self) -> None:
-        from safetensors.torch import save_model
-
         from normfree.training.curves import draw
 
-        save_model(self.setup.model, str(self.out / "model.safetensors"))
-        if self.setup.ema is not None:
-            save_model(self.setup.ema.module, str(self.out / "model_ema.safetensors"))
+        for name, model in (("model", self.setup.model), ("model_ema", self.setup.ema and self.setup.ema.module)):
+            if model is not None:
+                weights = self.accelerator.get_state_dict(model)  # by all processes
+                self.accelerator.save(weights, self.out / f"{name}.safetensors", safe_serialization=True)
+        if not self.accelerator.is_main_process:
+            return
         draw([self.out], self.out / "curves.png")
         if self.monitor is not None and self.monitor.rows:
             self.monitor.draw(self.out / "signal.png")

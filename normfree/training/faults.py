@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normfree.training.sharding import finite, is_sharded
+
 
 class Place(NamedTuple):
     """Where it began: in words, and how little that says (0: a certain place)."""
@@ -20,8 +22,9 @@ def locate(model: nn.Module, loss: Callable[[], Tensor]) -> Place:
     `loss` runs the model again; parameters and their gradients are not changed.
     """
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not finite(parameter):
             return Place(0, f"the parameter {name}")
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
     gradients: dict[str, Tensor] = {}
     forward: list[str] = []
     backward: list[str] = []
@@ -41,7 +44,7 @@ def locate(model: nn.Module, loss: Callable[[], Tensor]) -> Place:
     try:
         with torch.enable_grad(), torch.random.fork_rng():
             value = loss()
-            if not forward and bool(torch.isfinite(value)):
+            if not sharded and not forward and bool(torch.isfinite(value)):
                 named = {n: p for n, p in model.named_parameters() if p.requires_grad}
                 found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
                 gradients = {n: g for n, g in zip(named, found, strict=True) if g is not None}
@@ -58,5 +61,7 @@ def locate(model: nn.Module, loss: Callable[[], Tensor]) -> Place:
     for name, gradient in gradients.items():
         if not bool(torch.isfinite(gradient).all()):
             return Place(0, f"the gradient of {name}")
+    if sharded:  # a backward pass on some of the processes would wait for the others for ever
+        return Place(3, "a gradient; of what, sharded parameters do not tell")
     largest = max(gradients, key=lambda name: float(gradients[name].abs().max()))
     return Place(2, f"the norm of the gradients, each finite by itself; the largest is that of {largest}")

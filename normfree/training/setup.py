@@ -14,6 +14,7 @@ from normfree.training.data import Data, Fewer
 from normfree.training.mixing import Mixing
 from normfree.training.model import build, load_weights, model_channels, sizes, values, weight_decay
 from normfree.training.recipe import Recipe
+from normfree.training.sharding import configure
 from normfree.training.transforms import Normalization, testing_transform, training_transform
 
 _CALIBRATION = 64  # images that a conversion sets the signal on
@@ -32,7 +33,7 @@ class Setup:
         self.model = build(recipe, self.data).to(self.dtype)
         if recipe.initial:
             load_weights(self.model, recipe.initial)
-        if recipe.channels_last:
+        if recipe.channels_last and not accelerator.is_fsdp2:  # FSDP takes contiguous parameters only
             self.model.to(memory_format=torch.channels_last)
         self.order = Order(
             len(self.data.train), recipe.batch, self.accelerator.num_processes * recipe.accumulate, recipe.seed,
@@ -74,6 +75,7 @@ class Setup:
         return conversion.plan
 
     def _prepare(self) -> None:
+        from accelerate.utils import fsdp2_prepare_model
         from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
@@ -90,10 +92,13 @@ class Setup:
             warmup_lr_init=recipe.peak_lr / max(warmup, 1), t_in_epochs=False,
         )  # fmt: skip
         self.total_steps = total
-        self.ema = ModelEmaV3(self.model, decay=recipe.ema) if recipe.ema else None
+        sharded = self.accelerator.is_fsdp2
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema, foreach=not sharded) if recipe.ema else None
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
+            if sharded:
+                fsdp2_prepare_model(self.accelerator, self.ema.module)
         head = getattr(self.model, "get_classifier", None)
         excluded = {id(p) for p in head().parameters()} if callable(head) else set()
         self.clipped = [p for p in self.model.parameters() if id(p) not in excluded]
@@ -109,7 +114,7 @@ def testing_order(recipe: Recipe, data: Data, processes: int) -> Order:
 def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     """accelerate's Accelerator as the recipe asks for it; afterwards its state is as it was.
 
-    Raises ImportError for a tracker that is not installed, ValueError where accelerate is told to shard parameters.
+    Raises ImportError for a tracker that is not installed, ValueError for kinds of sharding that are not supported.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -128,11 +133,15 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     )
     try:
         kind = accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+            kind == DistributedType.FSDP and not accelerator.is_fsdp2
+        ):
             raise ValueError(
-                f"accelerate is told to shard parameters ({kind.value}), but checkpoints and averaged parameters are "
-                "written whole: launch with torchrun, or with accelerate's MULTI_GPU"
+                f"accelerate is told to shard parameters by {kind.value}; of what it offers only FSDP 2 is supported "
+                "(--use_fsdp --fsdp_version 2)"
             )
+        if accelerator.is_fsdp2:
+            configure(accelerator.state.fsdp_plugin)
         if recipe.log:
             described = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
             accelerator.init_trackers("normfree", config=described)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from normfree.training.batches import Batch
 from normfree.training.evaluation import accumulator, totals
 from normfree.training.monitor import SignalMonitor
 from normfree.training.setup import Setup
+from normfree.training.sharding import whole
 
 # A loss scale is found by trying: so many steps in a row may overflow.
 _OVERFLOWS = 20
@@ -66,7 +67,7 @@ class Step:
             monitor.collect()
         accelerator.unscale_gradients()
         gradients = [p.grad for p in setup.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         sums = accelerator.reduce(sums, "sum")
         sums[5] = norm
         loss_sum, first, five, stops, new, norm_value = sums.tolist()
@@ -120,8 +121,23 @@ class Step:
     def _clip(self, norm: Tensor) -> None:
         recipe = self.setup.recipe
         if recipe.clip_adaptive:
-            from timm.utils import adaptive_clip_grad
-
-            adaptive_clip_grad(self.setup.clipped, recipe.clip_adaptive)
+            clip_adaptive(self.setup.clipped, recipe.clip_adaptive)
         elif recipe.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(list(self.setup.model.parameters()), recipe.clip_norm, norm)
+
+
+@torch.no_grad()
+def clip_adaptive(parameters: Iterable[torch.nn.Parameter], factor: float, eps: float = 1e-3) -> None:
+    """Shrink each unit's gradient to `factor` times the unit's norm, or times `eps` if that is more.
+
+    A unit is a filter, a row of a matrix, or a whole vector (Brock et al. 2021, arXiv 2102.06171, equation 3). timm's
+    function, but parameters may be sharded.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        axes = tuple(range(1, parameter.ndim)) or None
+        limit, norm = (torch.linalg.vector_norm(t, dim=axes, keepdim=axes is not None) for t in (parameter, gradient))
+        limit = limit.clamp(min=eps) * factor
+        gradient.copy_(torch.where(norm < limit, gradient, gradient * (limit / norm.clamp(min=1e-6))))

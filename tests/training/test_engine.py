@@ -341,15 +341,6 @@ def test_the_example_of_fine_tuning(tmp_path, monkeypatch, capsys):
     assert shortened["train_images"] == 360
 
 
-def test_sharded_parameters_are_refused(tmp_path, monkeypatch):
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
-
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match=r"told to shard parameters \(FSDP\)"):
-        train(TINY, tmp_path / "run", quiet=True)
-
-
 def test_models_that_cannot_be_built(tmp_path):
     for changes, words in (
         ({"model": "nf_resnet27"}, "no model is called"),

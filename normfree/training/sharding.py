@@ -1,0 +1,41 @@
+"""What parameters and gradients that are sharded over the processes (FSDP) take beyond what whole ones do."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def configure(plugin: Any) -> None:
+    """Make of accelerate's FSDP, whatever its launcher was told, what this training needs."""
+    # Checkpoints are whole: sharded ones are read with pickle, and by as many processes only.
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    # Autocast, as without sharding: weights are standardized before they are rounded.
+    plugin.mixed_precision_policy = None
+    # All processes build the network.
+    plugin.cpu_ram_efficient_loading = False
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds but a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor as it is on one process alone; for a sharded one all processes must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all of it is finite; for a sharded one all processes must ask for it together."""
+    return bool(whole(torch.isfinite(tensor).all()))
+
+
+def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the model, sharded or not, a state that is whole, of which each process has all."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))

@@ -1,0 +1,21 @@
+"""`python -m normfree` with accelerate's FSDP on CPUs, which accelerate itself offers on accelerators only."""
+
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from normfree.cli import main
+
+original = AcceleratorState.__init__
+
+
+def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+AcceleratorState.__init__ = init
+main()
