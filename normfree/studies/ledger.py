@@ -62,7 +62,7 @@ class Study:
     claim: str
     across: str  # what the columns are
     cells: tuple[Cell, ...]
-    rates: tuple[float, ...] = ()  # learning rates that each cell chooses from by its first seed; else the recipe's
+    rates: tuple[float, ...] = ()  # learning rates that each cell chooses from; else the recipe's
     beside: Beside = lambda entries, folder: {}
     over: tuple[Literal["column", "macs", "seconds"], ...] = ("column",)  # horizontal axes of the chart
 

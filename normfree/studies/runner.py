@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from normfree.errors import NotFiniteError
 from normfree.studies import results
@@ -24,7 +25,8 @@ def run(
 ) -> list[Entry]:
     """Train every cell that `out` does not hold yet, and write the results so far after each.
 
-    The first seed chooses a cell's learning rate, the others train at it. A training that was interrupted goes on.
+    A cell's learning rate is that of the best mean over all seeds: the first one looks for it, the others confirm it or
+    send it on to where the first one did better than that. A training that was interrupted goes on.
     `only` names the rows and columns whose cells are trained, so that several processes can share the work; where it
     names no row, or no column, all of them are. `said` is told what is begun.
 
@@ -55,52 +57,52 @@ def _chosen(study: Study, only: Sequence[str]) -> list[Cell]:
 
 
 def entries(study: Study, out: Path, seeds: int) -> list[Entry]:
-    """What is there so far, in the order of the cells."""
+    """What is there so far, in the order of the cells: the best of the rates that most seeds have trained at."""
     ledger = Ledger(out / "trainings.csv")
     found = []
     for cell in study.cells:
-        lr = _best(_tried(study, cell, ledger))
-        there = [] if lr is None else [ledger.find(cell, lr, seed) for seed in range(seeds)]
-        found.append(Entry(cell, lr, tuple(training for training in there if training is not None)))
+        tried = _tried(study, cell, ledger, seeds)
+        most = max(map(len, tried.values()), default=0)
+        lr = _best({lr: trainings for lr, trainings in tried.items() if len(trainings) == most})
+        found.append(Entry(cell, lr, () if lr is None else tried[lr]))
     return found
 
 
 def _next(study: Study, cell: Cell, ledger: Ledger, seeds: int) -> tuple[float, int] | None:
-    """The learning rate and the seed of the cell's next training; None where all have run."""
-    lr = _next_rate(_rates(study, cell), _tried(study, cell, ledger))
-    if lr is not None:
-        return lr, 0
-    lr = _best(_tried(study, cell, ledger))
-    assert lr is not None
-    return next(((lr, seed) for seed in range(1, seeds) if ledger.find(cell, lr, seed) is None), None)
+    """The learning rate and the seed of the cell's next training; None where all have run.
+
+    The first seed tries rates from the middle one downwards, or else upwards, until both neighbours of the best are
+    known. Downwards first: beyond a rate that fails may be one that merely kills the network.
+    """
+    rates = _rates(study, cell)
+    tried = _tried(study, cell, ledger, seeds)
+    best = _best(tried)
+    if best is None:
+        return rates[len(rates) // 2], 0
+    place = rates.index(best)
+    for lr in (*rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2]):
+        if lr not in tried:
+            return lr, 0
+    return next(((best, seed) for seed in range(1, seeds) if ledger.find(cell, best, seed) is None), None)
 
 
 def _rates(study: Study, cell: Cell) -> tuple[float, ...]:
     return study.rates or (cell.recipe.lr,)
 
 
-def _tried(study: Study, cell: Cell, ledger: Ledger) -> dict[float, float]:
-    """Accuracy of the first seed by learning rate, -1 where the training failed."""
-    found = {lr: ledger.find(cell, lr, 0) for lr in _rates(study, cell)}
-    return {lr: -1.0 if t.top1 is None else t.top1 for lr, t in found.items() if t is not None}
+def _tried(study: Study, cell: Cell, ledger: Ledger, seeds: int) -> dict[float, tuple[Training, ...]]:
+    """The cell's trainings by learning rate, of rates that the first seed has trained at."""
+    found = {
+        lr: tuple(t for seed in range(seeds) if (t := ledger.find(cell, lr, seed)) is not None)
+        for lr in _rates(study, cell)
+    }
+    return {lr: trainings for lr, trainings in found.items() if trainings and trainings[0].seed == 0}
 
 
-def _best(tried: Mapping[float, float]) -> float | None:
-    """The lower one of equals."""
-    return max(sorted(tried), key=tried.__getitem__) if tried else None
-
-
-def _next_rate(rates: Sequence[float], tried: Mapping[float, float]) -> float | None:
-    """From the middle one downwards, or else upwards, until both neighbours of the best are known; None then.
-
-    Downwards first: beyond a rate that fails may be one that merely kills the network.
-    """
-    best = _best(tried)
-    if best is None:
-        return rates[len(rates) // 2]
-    place = rates.index(best)
-    neighbours = (*rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])
-    return next((lr for lr in neighbours if lr not in tried), None)
+def _best(tried: Mapping[float, Sequence[Training]]) -> float | None:
+    """The rate of the highest mean accuracy, a failure counting as -1; the lower one of equals."""
+    means = {lr: fmean(-1.0 if t.top1 is None else t.top1 for t in tried[lr]) for lr in sorted(tried)}
+    return max(means, key=means.__getitem__) if means else None
 
 
 def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger) -> bool:

@@ -56,11 +56,12 @@ def test_every_cell_of_every_size_is_a_recipe(name):
         assert len({fingerprint(cell.recipe) for cell in cells}) == len(cells)
 
 
-def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp_path, monkeypatch):
+def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_path, monkeypatch):
     recipe = dataclasses.replace(RECIPES["digits"], model_args=("width=0.25",))
-    cells = tuple(Cell(row, "1", dataclasses.replace(recipe, model=row)) for row in ("high", "low", "never", "none"))
+    names = ("high", "low", "luck", "never", "none")
+    cells = tuple(Cell(name, "1", dataclasses.replace(recipe, model=name)) for name in names)
     one = Study("s", "claim", "depth", cells, rates=(0.1, 0.2, 0.4, 0.8, 1.6))
-    best = {"high": 0.8, "low": 0.2}
+    best = {"high": 0.8, "low": 0.2, "luck": 0.2}
     trained = []
 
     def train(recipe, folder, **_):
@@ -69,7 +70,13 @@ def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp
         trained.append((recipe.model, recipe.lr, recipe.seed))
         if recipe.model == "never" or recipe.lr > 1:
             raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
-        top1 = 50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed
+        if (recipe.model, recipe.lr, recipe.seed) == ("luck", 0.4, 0):
+            return result(60)
+        if (recipe.model, recipe.lr, recipe.seed) == ("luck", 0.4, 2):
+            raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
+        return result(50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed)
+
+    def result(top1):
         return type(
             "Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": top1})()}
         )()
@@ -77,16 +84,18 @@ def test_rates_are_chosen_by_the_first_seed_and_cells_may_fail_or_be_missing(tmp
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run(one, tmp_path, seeds=3)
-    tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in ("high", "low", "never")}
+    tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in best | {"never": 0}}
     # From the middle downwards, else upwards, until both neighbours of the best are known.
     assert tried["high"] == [(0.4, 0), (0.2, 0), (0.8, 0), (1.6, 0), (0.8, 1), (0.8, 2)]
     assert tried["low"] == [(0.4, 0), (0.2, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
+    # A rate that the first seed alone bears well gives way to its neighbour, and that one's neighbours are tried.
+    assert tried["luck"] == [(0.4, 0), (0.2, 0), (0.8, 0), (0.4, 1), (0.4, 2), (0.1, 0), (0.2, 1), (0.2, 2)]
     assert tried["never"][:3] == [(0.4, 0), (0.2, 0), (0.1, 0)]
     found = entries(one, tmp_path, 3)
     titles, rows = table(one, found, tmp_path)
     assert titles == ["depth", "1"]
-    assert rows == [["high", "51.00 ± 1.00"], ["low", "51.00 ± 1.00"], ["never", "fails"], ["none", "missing"]]
-    assert Ledger(tmp_path / "trainings.csv").find(cells[2], 0.4, 0).error == "the loss of step 3 is not finite"
+    assert dict(rows) == dict.fromkeys(best, "51.00 ± 1.00") | {"never": "fails", "none": "missing"}
+    assert Ledger(tmp_path / "trainings.csv").find(cells[3], 0.4, 0).error == "the loss of step 3 is not finite"
     assert {path.name for path in write(one, tmp_path, found)} == {"results.csv", "table.md", "chart.png"}
 
 
