@@ -197,7 +197,7 @@ class SkipInit(Scales):
         self.reset_scales()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.skip_gain
+        return x * self.skip_gain.squeeze(0)  # a scalar takes the precision of x
 
 
 class Bias(nn.Module):

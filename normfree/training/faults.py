@@ -24,7 +24,7 @@ def locate(model: nn.Module, loss: Callable[[], Tensor]) -> Place:
     for name, parameter in model.named_parameters():
         if not finite(parameter):
             return Place(0, f"the parameter {name}")
-    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    sharded = is_sharded(model)
     gradients: dict[str, Tensor] = {}
     forward: list[str] = []
     backward: list[str] = []

@@ -96,9 +96,10 @@ class Setup:
         self.ema = ModelEmaV3(self.model, decay=recipe.ema, foreach=not sharded) if recipe.ema else None
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.ema is not None:
-            self.ema.to(self.accelerator.device)
             if sharded:
                 fsdp2_prepare_model(self.accelerator, self.ema.module)
+            else:
+                self.ema.to(self.accelerator.device)
         head = getattr(self.model, "get_classifier", None)
         excluded = {id(p) for p in head().parameters()} if callable(head) else set()
         self.clipped = [p for p in self.model.parameters() if id(p) not in excluded]

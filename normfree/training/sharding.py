@@ -5,11 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
 def configure(plugin: Any) -> None:
-    """Make of accelerate's FSDP, whatever its launcher was told, what this training needs."""
+    """Make of accelerate's FSDP what this training needs. Raises ValueError where it cannot."""
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerate's FSDP is told to checkpoint activations, but it draws other numbers for stochastic depth when "
+            "it computes them again: launch without --fsdp_activation_checkpointing"
+        )
     # Checkpoints are whole: sharded ones are read with pickle, and by as many processes only.
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -19,9 +25,9 @@ def configure(plugin: Any) -> None:
     plugin.cpu_ram_efficient_loading = False
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds but a part of it."""
-    return isinstance(tensor, DTensor)
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds but a part of its parameters; during a step it may hold them all."""
+    return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -35,7 +41,12 @@ def finite(tensor: Tensor) -> bool:
 
 
 def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the model, sharded or not, a state that is whole, of which each process has all."""
+    """Give the model, sharded or not, a state that is whole, of which each process has all.
+
+    Raises ValueError for the state of another model.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    if other := state.keys() ^ model.state_dict().keys():
+        raise ValueError(f"one of the two has no {min(other)}")
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))

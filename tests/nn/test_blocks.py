@@ -54,6 +54,15 @@ def test_gate_carries_the_branch_s_scales():
     assert_close(scaled(x).detach(), (2 * 0.2 * 0.5 * plain(x)).detach(), 1e-6)
 
 
+def test_a_skip_gain_keeps_the_precision_of_what_it_multiplies():
+    model = create_model("skipinit_resnet26", width=0.25, num_classes=4).eval()
+    seen = []
+    model.stages[0][1].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32).bfloat16())
+    assert seen == [torch.bfloat16]
+
+
 def test_stochastic_depth_drops_branches_of_examples_without_rescaling():
     torch.manual_seed(0)
     model = create_model("nf_resnet26", width=0.25, skip_gain=1.0, stochastic_depth_rate=0.9, num_classes=4)

@@ -26,13 +26,13 @@ RECIPE = dataclasses.replace(
 BY_BLOCK = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "PreActivationBlock"}
 
 
-def train_sharded(recipe, out, *arguments, version=2, **environment):
+def train_sharded(recipe, out, *arguments, **environment):
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.json"
     config.write_text(recipe.to_json())
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     start += [str(Path(__file__).with_name("fsdp_on_cpus.py")), "train", "--from", str(config), "--out", str(out)]
-    told = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(version), "OMP_NUM_THREADS": "1"} | environment
+    told = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
         [*start, "--quiet", *arguments], env=os.environ | told, capture_output=True, text=True, timeout=200, check=False
     )
@@ -76,15 +76,16 @@ def test_a_converted_network_can_be_sharded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "version", "words"),
+    ("changes", "environment", "words"),
     [
-        ({"lr": 1e6, "warmup_epochs": 0.0}, 2, r"of step \d+ is not finite; first of all, (the output of|a gradient)"),
-        ({}, 1, "only FSDP 2 is supported"),
+        ({"lr": 1e6, "warmup_epochs": 0.0}, {}, r"of step \d+ is not finite; first of all, (the output of|a gradient)"),
+        ({}, {"FSDP_VERSION": "1"}, "only FSDP 2 is supported"),
+        ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "launch without --fsdp_activation_checkpointing"),
     ],
-    ids=["not finite", "version 1"],
+    ids=["not finite", "version 1", "activation checkpointing"],
 )
-def test_what_goes_wrong_ends_all_processes(changes, version, words, tmp_path):
-    done = train_sharded(dataclasses.replace(RECIPE, **changes), tmp_path / "run", version=version)
+def test_what_goes_wrong_ends_all_processes(changes, environment, words, tmp_path):
+    done = train_sharded(dataclasses.replace(RECIPE, **changes), tmp_path / "run", **environment)
     assert done.returncode != 0
     assert re.search(f"normfree: .*{words}", done.stderr), done.stderr
 
