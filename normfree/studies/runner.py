@@ -91,12 +91,12 @@ def _rates(study: Study, cell: Cell) -> tuple[float, ...]:
 
 
 def _tried(study: Study, cell: Cell, ledger: Ledger, seeds: int) -> dict[float, tuple[Training, ...]]:
-    """The cell's trainings by learning rate, of rates that the first seed has trained at."""
+    """The cell's trainings by learning rate."""
     found = {
         lr: tuple(t for seed in range(seeds) if (t := ledger.find(cell, lr, seed)) is not None)
         for lr in _rates(study, cell)
     }
-    return {lr: trainings for lr, trainings in found.items() if trainings and trainings[0].seed == 0}
+    return {lr: trainings for lr, trainings in found.items() if trainings}
 
 
 def _best(tried: Mapping[float, Sequence[Training]]) -> float | None:

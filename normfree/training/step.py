@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from normfree.training.batches import Batch
 from normfree.training.evaluation import accumulator, totals
@@ -133,11 +134,12 @@ def clip_adaptive(parameters: Iterable[torch.nn.Parameter], factor: float, eps: 
     A unit is a filter, a row of a matrix, or a whole vector (Brock et al. 2021, arXiv 2102.06171, equation 3). timm's
     function, but parameters may be sharded.
     """
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        axes = tuple(range(1, parameter.ndim)) or None
-        limit, norm = (torch.linalg.vector_norm(t, dim=axes, keepdim=axes is not None) for t in (parameter, gradient))
-        limit = limit.clamp(min=eps) * factor
-        gradient.copy_(torch.where(norm < limit, gradient, gradient * (limit / norm.clamp(min=1e-6))))
+    pairs = [(parameter.detach(), parameter.grad) for parameter in parameters if parameter.grad is not None]
+    # One reduction for all vectors; the shards of the others are whole units.
+    vectors = [torch.stack([vector_norm(t) for t in pair]) for pair in pairs if pair[0].ndim <= 1]
+    norms = iter(whole(torch.stack(vectors)) if vectors else ())
+    for weight, gradient in pairs:
+        axes = tuple(range(1, weight.ndim))
+        size, norm = (vector_norm(t, dim=axes, keepdim=True) for t in (weight, gradient)) if axes else next(norms)
+        limit = size.clamp(min=eps) * factor
+        gradient.mul_(torch.where(norm < limit, 1.0, limit / norm.clamp(min=1e-6)))

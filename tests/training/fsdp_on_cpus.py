@@ -14,6 +14,8 @@ def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: 
     original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
         self.fsdp_plugin = fsdp_plugin
 
 

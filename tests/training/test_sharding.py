@@ -26,16 +26,20 @@ RECIPE = dataclasses.replace(
 BY_BLOCK = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "PreActivationBlock"}
 
 
-def train_sharded(recipe, out, *arguments, **environment):
+SHARDED = [str(Path(__file__).with_name("fsdp_on_cpus.py"))]
+
+
+def train_on_two(recipe, out, *arguments, start=SHARDED, **environment):
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.json"
     config.write_text(recipe.to_json())
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    start += [str(Path(__file__).with_name("fsdp_on_cpus.py")), "train", "--from", str(config), "--out", str(out)]
-    told = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(
-        [*start, "--quiet", *arguments], env=os.environ | told, capture_output=True, text=True, timeout=200, check=False
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *start]
+    command += ["train", "--from", str(config), "--out", str(out), "--quiet", *arguments]
+    told = {"OMP_NUM_THREADS": "1"}
+    if start is SHARDED:
+        told |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    told |= environment
+    return subprocess.run(command, env=os.environ | told, capture_output=True, text=True, timeout=200, check=False)
 
 
 def difference(one, other, name):
@@ -48,7 +52,7 @@ def test_it_trains_like_one_process_and_goes_on_where_it_stopped(tmp_path):
     """Averaged parameters, adaptive clipping, mixed labels and the signal monitor with it; float64, to 1e-12."""
     train(RECIPE, tmp_path / "whole", quiet=True)
     out = tmp_path / "sharded"
-    done = train_sharded(RECIPE, out, **BY_BLOCK)
+    done = train_on_two(RECIPE, out, **BY_BLOCK)
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "model_ema.safetensors"):
         assert difference(tmp_path / "whole", out, name) < 1e-12
@@ -58,10 +62,20 @@ def test_it_trains_like_one_process_and_goes_on_where_it_stopped(tmp_path):
     shutil.copytree(out, cut, ignore=shutil.ignore_patterns("model*", "step_00000020"))
     with pytest.raises(TrainingError, match="was written with sharded parameters"):
         train(RECIPE, cut, resume="auto", quiet=True)
-    done = train_sharded(RECIPE, cut, "--resume", "auto", **BY_BLOCK)
+    done = train_on_two(RECIPE, cut, "--resume", "auto", **BY_BLOCK)
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "model_ema.safetensors"):
         assert difference(out, cut, name) == 0
+
+
+def test_mixed_precision_is_that_of_whole_parameters(tmp_path):
+    """Bit for bit that of two processes: weights are rounded after they are standardized."""
+    recipe = dataclasses.replace(RECIPE, precision="bf16", clip_adaptive=0.0, channels_last=False)
+    for name, start in (("sharded", SHARDED), ("whole", ["-m", "normfree"])):
+        done = train_on_two(recipe, tmp_path / name, start=start)
+        assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        assert difference(tmp_path / "whole", tmp_path / "sharded", name) == 0
 
 
 def test_a_converted_network_can_be_sharded(tmp_path):
@@ -70,7 +84,7 @@ def test_a_converted_network_can_be_sharded(tmp_path):
         ema=0.0, clip_adaptive=0.0, clip_norm=0.5, accumulate=2,
     )  # fmt: skip
     train(recipe, tmp_path / "whole", quiet=True)
-    done = train_sharded(recipe, tmp_path / "sharded")
+    done = train_on_two(recipe, tmp_path / "sharded")
     assert done.returncode == 0, done.stderr
     assert difference(tmp_path / "whole", tmp_path / "sharded", "model.safetensors") < 1e-12
 
@@ -85,7 +99,7 @@ def test_a_converted_network_can_be_sharded(tmp_path):
     ids=["not finite", "version 1", "activation checkpointing"],
 )
 def test_what_goes_wrong_ends_all_processes(changes, environment, words, tmp_path):
-    done = train_sharded(dataclasses.replace(RECIPE, **changes), tmp_path / "run", **environment)
+    done = train_on_two(dataclasses.replace(RECIPE, **changes), tmp_path / "run", **environment)
     assert done.returncode != 0
     assert re.search(f"normfree: .*{words}", done.stderr), done.stderr
 
