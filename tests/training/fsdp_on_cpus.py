@@ -1,5 +1,7 @@
 """`python -m normfree` with accelerate's FSDP on CPUs, which accelerate itself offers on accelerators only."""
 
+import os
+import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
@@ -20,4 +22,13 @@ def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: 
 
 
 AcceleratorState.__init__ = init
-main()
+code: Any = 0
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+sys.stdout.flush()
+sys.stderr.flush()
+# gloo's threads outlive a process group that a device mesh refers to, and one that frees a tensor while the interpreter
+# shuts down aborts the process (pytorch/pytorch#190489).
+os._exit(code)
