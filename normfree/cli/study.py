@@ -23,7 +23,7 @@ def study(
     What trainings.csv holds is not trained again, and what was interrupted goes on.
 
     Args:
-        name: microbatch, batch-size, depth, budget, ablation, large-rate or regularization.
+        name: microbatch, batch-size, depth, budget, ablation, large-rate, regularization or convert.
         data: As for `normfree train`.
         seeds: Trainings per cell.
         budget: "toy" to see that it runs, "small" for one machine, "full" for a cluster.

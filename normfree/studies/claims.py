@@ -185,13 +185,16 @@ def _convert(base: Recipe, budget: Budget) -> Study:
         "timm's ResNet-18": ("normfree.studies.small_resnets:timm_resnet18", ("width=16",)),
     }
     # A step of one image takes nearly as long as one of eight: fewer of them, for all networks alike.
-    few: dict[str, Any] = {}
     epochs = 2 * base.epochs
-    longer = {"epochs": epochs, "warmup_epochs": 0.1 * epochs, "evaluate_every": epochs, "train_images": None}
+    few: dict[str, Any] = {}
+    longer_few: dict[str, Any] = {"epochs": epochs, "warmup_epochs": 0.1 * epochs, "evaluate_every": epochs}
+    longer = {**longer_few, "train_images": None}
     if budget == "small" and base.data.startswith("fashion_mnist"):
-        base, few = replace(base, train_images=30000), {"train_images": 5000}
+        base = replace(base, train_images=30000)
+        few, longer_few = {"train_images": 5000}, {"train_images": 20000}
     columns: dict[str, dict[str, Any]] = {
-        "batch 64": {}, "batch 64, longer": longer, "batch 2": {"batch": 2, **few}, "batch 1": {"batch": 1, **few},
+        "batch 64": {}, "batch 64, longer": longer, "batch 2": {"batch": 2, **few},
+        "batch 2, longer": {"batch": 2, **longer_few}, "batch 1": {"batch": 1, **few},
         "8 mixed parts": {"cut": "dealt", "accumulate": 8},
         "8 parts of one class": {"cut": "by_class", "accumulate": 8},
     }  # fmt: skip
@@ -204,7 +207,8 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     if budget == "toy":
         base, networks = replace(base, train_images=480), {"ResNet-20": networks["ResNet-20"]}
     if budget != "small":
-        del columns["batch 64, longer"], columns["batch 2"], columns["batch 1"]
+        for name in ("batch 64, longer", "batch 2", "batch 2, longer", "batch 1"):
+            del columns[name]
     plain = next(iter(columns))  # what all are compared on; how batches are cut, by one network alone
     cells = [
         Cell(f"{network}, {kind}", column, replace(
