@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.nn.conv import SamePadding
-from normfree.nn.plain import arguments_of, kind_of
+from normfree.nn.plain import arguments_of, kind_of, take_place
 from normfree.nn.scaled import ScaledWS
 
 
@@ -101,6 +101,7 @@ def _plain(layer: Any) -> nn.Module:
     plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)  # in its layout
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    take_place(layer, plain, but_for=("_initial_skip_gain", "same_pad", "scale", "standardize"))
     return plain.eval()
 
 

@@ -48,12 +48,16 @@ def from_folder(folder: Path, shape: tuple[int, ...], batch: int) -> Tensor:
 
 
 def batch_function(source: str, batch: int, shape: Callable[[Any], tuple[int, ...]]) -> Callable[[Any], Tensor]:
-    """A function of a model that draws a batch of images: `source` is "photos" or a folder's path."""
+    """A function of a model that draws a batch of images, of its dtype: `source` is "photos" or a folder's path."""
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
-    if source == "photos":
-        return lambda model: photographs(shape(model), batch)
-    return lambda model: from_folder(Path(source), shape(model), batch)
+
+    def draw(model: Any) -> Tensor:
+        wanted = shape(model)
+        images = photographs(wanted, batch) if source == "photos" else from_folder(Path(source), wanted, batch)
+        return images.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype))
+
+    return draw
 
 
 def _require_image(shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -75,7 +75,15 @@ def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
         raise ValueError(f"{module_name}:{attribute} is a model; name a function that makes one")
     if not callable(factory):
         raise ValueError(f"{module_name}:{attribute} is a {type(factory).__name__}; name a function that makes a model")
-    return cast(Callable[[], nn.Module], factory)
+
+    @functools.wraps(factory)
+    def checked(*args: Any, **kwargs: Any) -> nn.Module:
+        model = factory(*args, **kwargs)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{module_name}:{attribute} made a {type(model).__name__}; it must make a torch.nn.Module")
+        return model
+
+    return checked
 
 
 def _import(name: str, message: str) -> Any:

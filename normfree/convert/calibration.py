@@ -17,7 +17,7 @@ from normfree.signal.statistics import channel_statistics
 from normfree.signal.tape import Tape
 
 _PASSES = 4
-_CLOSE = 0.02
+CLOSE = 0.02
 
 
 def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run: Callable[[Tape], None]) -> float:
@@ -50,7 +50,7 @@ def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run:
                 wanted[path].append(ratio)
         # Joins that share a layer can only be right on average.
         departure = max((abs(sum(ratios) / len(ratios) - 1) for ratios in wanted.values()), default=0.0)
-        if departure <= _CLOSE:
+        if departure <= CLOSE:
             break
         for path, ratios in wanted.items():
             target[path] /= sum(ratios) / len(ratios)

@@ -1,9 +1,10 @@
 """convert(): somebody's network with normalizers -> the same network without."""
 
+import contextlib
 import copy
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,13 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from normfree.convert.calibration import calibrate
+from normfree.convert.calibration import CLOSE, calibrate
 from normfree.convert.plan import Change, Plan, kept_norms, list_changes, make_plan
 from normfree.convert.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.signal import SignalReport, characterize
 from normfree.signal.inputs import as_call, map_tensors, tensors
+from normfree.signal.measurement import refuse_what_cannot_run
 from normfree.signal.preparation import closed_multipliers, closed_parameters, is_quantized, measuring, opened
 from normfree.signal.residual import find_joins
 from normfree.signal.tape import Tape
@@ -56,6 +58,7 @@ class Conversion:
         counts = {action: sum(c.action == action for c in self.changes) for action in ("replaced", "removed", "kept")}
         lines = [
             f"{counts['replaced']} layers replaced, {counts['removed']} normalizers removed, {counts['kept']} kept",
+            *([f"branches join up to {self.departure:.0%} off their variance"] if self.departure > CLOSE else []),
             *(f"{c.action:<9}{c.path}  {c.layer}{'  ' + c.note if c.note else ''}" for c in self.changes),
             "",
             "before:",
@@ -119,8 +122,9 @@ def convert(
     alpha = 0.2 if alpha is None else alpha
     paths = _selected(model, norms, exclude)
     images = _batch(images)
-    before = characterize(model, images)
+    refuse_what_cannot_run(model)
     model = model if inplace else copy.deepcopy(model)
+    before = characterize(model, images)
     args, kwargs = as_call(images, model)
     tape = Tape()
     _run(model, tape, args, kwargs)
@@ -133,7 +137,9 @@ def convert(
     changes = list_changes(model, plan, kept)
     if keep == "function":
         plan.apply(model, computing=True)
-        return Conversion(model, changes, before, characterize(model, images), 0.0, plan)
+        with _all_running(model, plan):
+            after = characterize(model, images)
+        return Conversion(model, changes, before, after, 0.0, plan)
     multipliers = {name for join in find_joins(tape) for name in join.parameters}
     layers = plan.apply(model)
     for planned in plan.layers:
@@ -142,7 +148,9 @@ def convert(
     shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
     with opened(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
         departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
-    return Conversion(model, changes, before, characterize(model, images), departure, plan)
+    with _all_running(model, plan):
+        after = characterize(model, images)
+    return Conversion(model, changes, before, after, departure, plan)
 
 
 def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
@@ -201,6 +209,8 @@ def _batch(images: Any) -> Any:
         first = batch[0] if isinstance(batch, list | tuple) else batch
         if not isinstance(first, Tensor):
             return images
+        if taken and first.shape[1:] != taken[0].shape[1:]:
+            break
         taken.append(first)
         if sum(map(len, taken)) >= _ENOUGH:
             break
@@ -226,6 +236,23 @@ def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) ->
 
 def _nothing_to_convert(model: nn.Module, why: str) -> ValueError:
     return ValueError(f"nothing in {type(model).__name__} can be converted ({why})")
+
+
+@contextlib.contextmanager
+def _all_running(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Raises SignalError where a module that was put in did not run."""
+    paths = [planned.path for planned in plan.layers] + [norm.path for norm in plan.removed]
+    missing = dict.fromkeys(paths)
+    with contextlib.ExitStack() as hooks:
+        for path in paths:
+            hook = model.get_submodule(path).register_forward_hook(lambda *_, path=path: missing.pop(path, None))
+            hooks.callback(hook.remove)
+        yield
+    if missing:
+        raise SignalError(
+            f"{next(iter(missing))} was replaced and did not run: the forward reaches the one before past the modules' "
+            "tree, as through a plain list (use nn.ModuleList)"
+        )
 
 
 def _run(model: nn.Module, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """The layers of a converted network, made from those that they replace."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn import (
@@ -16,7 +18,7 @@ from normfree.nn import (
     ScaledWSLinear,
 )
 from normfree.nn.conv import SameConv2d
-from normfree.nn.plain import arguments_of, kind_of
+from normfree.nn.plain import arguments_of, kind_of, take_place
 from normfree.nn.scaled import ScaledWS
 from normfree.signal.preparation import is_quantized
 
@@ -28,6 +30,9 @@ _SCALED: dict[type[nn.Module], type[ScaledWS]] = {
     )
 }  # fmt: skip
 _CONVOLUTION = nn.modules.conv._ConvNd
+_OWN_FORWARD = "its forward was replaced"
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_SPACE: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (), nn.BatchNorm2d: (2, 2), nn.BatchNorm3d: (2, 2, 2)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ def refusal(module: nn.Module) -> str:
         return f"its weight is used by a {type(module).__name__}, which is no layer of torch.nn: a functional call"
     if "weight" not in module._parameters:
         return "its weight is parametrized"
+    if "forward" in vars(module):
+        return _OWN_FORWARD
+    own = (module._parameters.keys() | module._buffers.keys() | module._modules.keys()) - {"weight", "bias"}
+    if own:
+        return f"it holds {', '.join(sorted(own))} besides weight and bias"
     if _is_same(module):
         return ""
     if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward")):
@@ -59,9 +69,39 @@ def refusal(module: nn.Module) -> str:
     return ""
 
 
+def norm_refusal(norm: Any) -> str:
+    """Why a normalizer cannot be taken away; "" if it can.
+
+    Classes that add an activation to BatchNorm, or compute it faster, are many: what theirs do is tried on numbers.
+    """
+    if "forward" in vars(norm):
+        return _OWN_FORWARD
+    if not isinstance(norm, _BATCH_NORM) or type(norm).forward is _BATCH_NORM.forward:
+        return ""
+    trial: Any = copy.deepcopy(norm).eval()
+    mean, variance, weight, bias = trial.running_mean, trial.running_var, trial.weight, trial.bias
+    space = next((space for kind, space in _SPACE.items() if isinstance(norm, kind)), (2, 2))
+    like = next((t for t in (mean, weight) if t is not None), torch.empty(0))
+    x = torch.randn(8, trial.num_features, *space, generator=torch.Generator().manual_seed(0)).to(like)
+    with torch.no_grad():
+        try:
+            found = type(trial).forward(trial, x.clone())
+            expected = F.batch_norm(x, mean, variance, weight, bias, training=mean is None, eps=trial.eps)
+            expected = without(trial, Removed("", copied=False))(expected)
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            return f"a {type(norm).__name__} computes something of its own"
+    return ""
+
+
 def is_depthwise(module: Any) -> bool:
     """Whether it is a convolution with one channel per group."""
     return isinstance(module, _CONVOLUTION) and module.groups == module.in_channels > 1
+
+
+def fan_in(module: Any) -> int:
+    """Weights of a filter, of a weight layer that is not refused."""
+    return int(module.weight.numel()) // out_channels(module)
 
 
 def out_channels(module: Any) -> int:
@@ -101,6 +141,9 @@ def scaled(plain: Any, planned: Planned) -> ScaledWS:
     layer.weight = weight
     if planned.bias and plain.bias is not None:
         layer.bias = plain.bias
+    for parameter in layer.parameters():  # of a frozen layer the new ones are frozen too
+        if parameter is not plain.bias:
+            parameter.requires_grad_(weight.requires_grad)
     return layer.train(plain.training)
 
 
@@ -114,7 +157,8 @@ def without(norm: Any, removed: Removed) -> nn.Module:
 
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """`new` wherever `old` stands."""
+    """`new` wherever `old` stands, with what was hung on that."""
+    take_place(old, new)
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is old:

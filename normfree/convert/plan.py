@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfree.convert.layers import Planned, Removed, is_depthwise, out_channels, put, refusal, scaled, without
+from normfree.convert.layers import (
+    Planned,
+    Removed,
+    fan_in,
+    is_depthwise,
+    norm_refusal,
+    out_channels,
+    put,
+    refusal,
+    scaled,
+    without,
+)
 from normfree.convert.structure import Structure
 from normfree.nn.scaled import ScaledWS
 
@@ -59,14 +71,15 @@ class Plan:
         for path in self.settled:
             modules[path].inplace = False
         layers = {}
+        users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         for planned in self.layers:
             layer = layers[planned.path] = scaled(modules[planned.path], planned)
             if planned.norm is not None:
                 _take_over(layer, *_affine(modules[planned.norm]))
                 if computing:
                     _compute(layer, modules[planned.path], modules[planned.norm])
-            if planned.standardize:
-                _normalize(layer)
+            if planned.standardize and users[id(layer.weight)] == 1:  # another module's weight stays as it is
+                _normalize(planned.path, layer)
             put(model, modules[planned.path], layer)
         for norm in self.removed:
             put(model, modules[norm.path], without(modules[norm.path], norm))
@@ -89,6 +102,10 @@ def kept_norms(
             kept[path] = "did not run on these inputs"
         elif not sources:
             kept[path] = "no weight layer before it: it normalizes the network's input"
+        elif path in structure.of_input:
+            kept[path] = "it normalizes the network's input too, past all weight layers"
+        elif why := norm_refusal(model.get_submodule(path)):
+            kept[path] = why
         else:
             for source in sorted(sources):
                 why = "excluded" if _excluded(source, exclude) else refusal(model.get_submodule(source))
@@ -114,7 +131,8 @@ def make_plan(
         norm = norm_of.get(path)
         # A bias before a normalizer is without effect; after it comes the normalizer's.
         bias = layer.bias is not None if norm is None else _affine(model.get_submodule(norm))[1] is not None
-        standardize = not exactly and not (scale_depthwise and is_depthwise(layer))
+        # A filter of one weight is nothing without its mean.
+        standardize = not exactly and not (scale_depthwise and is_depthwise(layer)) and fan_in(layer) > 1
         layers.append(Planned(path, norm, bias or exactly, path in structure.ends, standardize))
     for path in removed:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
@@ -167,6 +185,8 @@ def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> N
         if layer.bias is not None and bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone().to(layer.weight), requires_grad=bias.requires_grad)
     layer.gain.requires_grad_(weight is not None and weight.requires_grad)
+    if layer.skip_gain is not None:
+        layer.skip_gain.requires_grad_(layer.weight.requires_grad or layer.gain.requires_grad)
 
 
 def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
@@ -185,12 +205,14 @@ def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
         layer.bias.copy_((0 if shift is None else shift) - slopes * mean)
 
 
-def _normalize(layer: ScaledWS) -> None:
+def _normalize(path: str, layer: ScaledWS) -> None:
     """Filters of unit norm on average: standardization ignores their norm, but a learning rate acts through it."""
     with torch.no_grad():
         filters = layer.filters(layer.weight).flatten(1)
         norm = (filters - filters.mean(1, keepdim=True)).square().sum(1).mean().sqrt()
-        layer.weight.div_(norm if norm > 0 else 1)
+        if norm <= 10 * torch.finfo(filters.dtype).eps * filters.square().sum(1).mean().sqrt():
+            raise ValueError(f"the filters of {path} are constant: without their means they are zero")
+        layer.weight.div_(norm)
 
 
 def _excluded(path: str, exclude: Sequence[str]) -> bool:

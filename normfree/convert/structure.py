@@ -10,6 +10,10 @@ from normfree.signal.operations import GATES, VIEWS
 from normfree.signal.residual import Join, find_joins
 from normfree.signal.tape import Node, Tape
 
+# What shares its input's memory, or may.
+_ALIASES = (VIEWS - {"clone", "roll", "_to_copy"}) | {
+    "as_strided", "chunk", "narrow", "select", "slice", "split", "split_with_sizes", "unbind",
+}  # fmt: skip
 _GATES = GATES | {"tanh", "tanh_"}
 _PRODUCTS = {"mul", "mul_"}
 
@@ -20,6 +24,8 @@ class Structure:
 
     sources: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """Of every normalizer that ran: the weight layers whose outputs it normalizes, the nearest on each way."""
+    of_input: set[str] = field(default_factory=set)
+    """Normalizers that take the network's input, or a part of it, past all weight layers."""
     direct: dict[str, str] = field(default_factory=dict)
     """Normalizer -> weight layer, where it takes the layer's output as it is, and nothing else takes that."""
     ends: set[str] = field(default_factory=set)
@@ -46,7 +52,10 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
         if node.weight_layer:
             calls[node.module].add(node.index)
     for norm, taken in inputs.items():
-        found.sources[norm] = {nodes[layer].module for index in taken for layer in _weight_layers(nodes, index, {})[0]}
+        reached = [_weight_layers(nodes, index, {}) for index in taken]
+        found.sources[norm] = {nodes[layer].module for before, _ in reached for layer in before}
+        if any(is_input for _, is_input in reached):
+            found.of_input.add(norm)
         layers = {layer for index in taken if (layer := _as_it_is(nodes, index)) is not None}
         whole = len(found.sources[norm]) == 1 and calls[next(iter(found.sources[norm]))] == layers
         alone = all(_owner(c.module, norms) == norm for layer in layers for c in _users(layer, children))
@@ -55,7 +64,7 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
     for node in nodes:
         norm = _owner(node.module, norms)
         if norm is not None:
-            found.overwritten[norm] |= {child.module for child in children[node.index] if child.op.endswith("_")}
+            found.overwritten[norm] |= {writer.module for writer in _writers(node.index, children)}
     found.ends = {path for _, paths in branch_ends(tape).values() for path in paths}
     return found
 
@@ -144,6 +153,15 @@ def _users(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
             yield from _users(child.index, children) if children[child.index] else (child,)
         else:
             yield child
+
+
+def _writers(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
+    """What writes into a node's memory."""
+    for child in children[index]:
+        if child.op.endswith("_"):
+            yield child
+        elif child.op in _ALIASES:
+            yield from _writers(child.index, children)
 
 
 def _owner(module: str, paths: set[str]) -> str | None:

@@ -23,6 +23,7 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
         if batch is None:
             raise ValueError("the DataLoader is empty")
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        inputs = list(inputs) if isinstance(inputs, tuple) else inputs  # images that were not stacked
     if isinstance(inputs, tuple):
         args, kwargs = inputs, {}
     elif isinstance(inputs, Mapping):

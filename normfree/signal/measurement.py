@@ -74,7 +74,7 @@ def characterize(
             if not isinstance(net, nn.Module):
                 raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
             net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
-            _refuse_what_cannot_run(net)
+            refuse_what_cannot_run(net)
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
             report = measurement.report(open_branches)
@@ -186,7 +186,8 @@ def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:
     return f"the forward of {type(model).__name__} failed; the last module reached was {place}: {error}{hint}"
 
 
-def _refuse_what_cannot_run(model: nn.Module) -> None:
+def refuse_what_cannot_run(model: nn.Module) -> None:
+    """Raises ValueError for a scripted model, and for parameters that have no values yet."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is scripted or traced: give the eager model that it was made from")
     for name, parameter in model.named_parameters():
