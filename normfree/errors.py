@@ -16,6 +16,10 @@ class NotFiniteError(TrainingError):
     """A training whose loss, gradient or parameters are not finite."""
 
 
+class SingleValueError(TrainingError):
+    """A normalizer over a batch that has one value for each of its channels."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Near misses of `name` among the `known` names, as the end of a sentence: "; did you mean …?", or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

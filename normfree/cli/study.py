@@ -1,5 +1,6 @@
 """`normfree study`: the paper's claims, measured."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,7 +40,10 @@ def study(
     one = defined(name, data, budget)
     folder = out or Path("studies") / name
     folder.mkdir(parents=True, exist_ok=True)
-    print(one.claim)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first:
+        print(one.claim)
     entries = run(one, folder, seeds=seeds, only=only, said=lambda text: print(text, flush=True))
-    show_table(*table(one, entries, folder))
-    announce(write(one, folder, entries))
+    if first:
+        show_table(*table(one, entries, folder))
+        announce(write(one, folder, entries))

@@ -4,6 +4,7 @@ import csv
 import functools
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from normfree.models.cost import multiply_accumulates
 from normfree.sources import model_factory
-from normfree.studies.ledger import Entry
+from normfree.studies.ledger import Entry, fingerprint
 from normfree.training import Recipe
 
 
@@ -38,7 +39,7 @@ def largest_rates(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str,
         good = [
             e.cell.recipe.lr for e in mine if len(e.accuracies) == len(e.trainings) and min(e.accuracies) >= best / 2
         ]
-        found[row] = f"{max(good):g}" if good else "none"
+        found[row] = f"{max(good):g}" if good else "none" if mine else "missing"
     return {"largest that trains": found}
 
 
@@ -71,11 +72,11 @@ def measured(path: Path, entry: Entry) -> list[list[dict[str, Any]]]:
     """What the monitor saw of an entry at its learning rate, block by block: first, middle and last such step."""
     if not path.exists() or entry.lr is None:
         return []
-    wanted = (entry.cell.row, entry.cell.column, entry.lr)
+    wanted = fingerprint(replace(entry.cell.recipe, lr=entry.lr, seed=0))
     by_step: dict[int, list[dict[str, Any]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if (row["row"], row["column"], float(row["lr"])) == wanted:
+            if row["recipe"] == wanted:
                 numbers = {name: float(row[name]) for name in ("depth", "variance", "squared_mean")}
                 by_step.setdefault(int(row["step"]), []).append(numbers)
     steps = sorted(by_step)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from normfree.errors import NotFiniteError
+from normfree.errors import NotFiniteError, SingleValueError
 from normfree.studies import results
 from normfree.studies.ledger import Cell, Entry, Ledger, Study, Training, fingerprint
 from normfree.training import Recipe, train
 from normfree.training.data import Data, load
+from normfree.training.setup import together
 
 
 def run(
@@ -28,20 +30,24 @@ def run(
     A cell's learning rate is that of the best mean over all seeds: the first one looks for it, the others confirm it or
     send it on to where the first one did better than that. A training that was interrupted goes on.
     `only` names the rows and columns whose cells are trained, so that several processes can share the work; where it
-    names no row, or no column, all of them are. `said` is told what is begun.
+    names no row, or no column, all of them are. `said` is told what is begun. Under `torchrun` or `accelerate launch`
+    every training is that of all processes, and the first one writes.
 
     Raises ValueError for a row or column that the study does not have.
     """
     ledger = Ledger(out / "trainings.csv")
     loaded = functools.cache(load)
-    for cell in _chosen(study, only):
-        while (todo := _next(study, cell, ledger, seeds)) is not None:
-            lr, seed = todo
-            said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")
-            recipe = replace(cell.recipe, lr=lr, seed=seed)
-            if not _train(out, recipe, loaded(recipe.data), cell, ledger):
-                return entries(study, out, seeds)
-        results.write(study, out, entries(study, out, seeds))
+    with together() as processes:
+        for cell in _chosen(study, only):
+            while (todo := _next(study, cell, ledger, seeds)) is not None:
+                lr, seed = todo
+                if processes.is_main_process:
+                    said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")
+                recipe = replace(cell.recipe, lr=lr, seed=seed)
+                if not _train(out, recipe, loaded(recipe.data), cell, ledger, processes):
+                    return entries(study, out, seeds)
+            if processes.is_main_process:
+                results.write(study, out, entries(study, out, seeds))
     return entries(study, out, seeds)
 
 
@@ -105,11 +111,14 @@ def _best(tried: Mapping[float, Sequence[Training]]) -> float | None:
     return max(means, key=means.__getitem__) if means else None
 
 
-def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger) -> bool:
+def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger, processes: Any) -> bool:
     """Train one; whether the study is to go on, that is, was not interrupted."""
+    from accelerate.utils import gather_object
+
     words = f"{cell.row} {cell.column}".replace("/", " ").split()
     folder = out / "runs" / "_".join(words) / f"lr_{recipe.lr:g}_seed_{recipe.seed}_{fingerprint(recipe)}"
     start = time.perf_counter()
+    seconds = 0.0
     top1: float | None = None
     error, asked = "", False
     try:
@@ -117,18 +126,19 @@ def _train(out: Path, recipe: Recipe, data: Data, cell: Cell, ledger: Ledger) ->
         if not result.finished:
             return False
         assert result.accuracy is not None
-        top1, asked = result.accuracy.top1, result.asked
-    except NotFiniteError as failure:
-        error = str(failure)
-    seconds = time.perf_counter() - start
-    if recipe.signal_every and recipe.seed == 0:
-        _keep_signal(
-            folder / "signal.csv", out / "signal.csv", {"row": cell.row, "column": cell.column, "lr": recipe.lr}
-        )
-    ledger.add(
-        Training(fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed, top1, seconds, error.split(";")[0])
+        top1, asked, seconds = result.accuracy.top1, result.asked, result.seconds
+    except (NotFiniteError, SingleValueError) as failure:
+        error, seconds = str(failure), time.perf_counter() - start
+    if processes.is_main_process and recipe.signal_every and recipe.seed == 0:
+        named = {"recipe": fingerprint(recipe), "row": cell.row, "column": cell.column, "lr": recipe.lr}
+        _keep_signal(folder / "signal.csv", out / "signal.csv", named)
+    training = Training(
+        fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed, top1, seconds, error.split(";")[0]
     )
-    return not asked
+    if processes.is_main_process:
+        ledger.add(training)
+    processes.wait_for_everyone()  # all read what has been trained from one file
+    return not any(gather_object([asked]))
 
 
 def _keep_signal(source: Path, target: Path, named: Mapping[str, object]) -> None:

@@ -27,7 +27,8 @@ class Position:
     epoch: int = 0  # that the next step belongs to
     step_in_epoch: int = 0
     examples: int = 0  # of the training set
-    processes: int = 1
+    parts: int = 1  # that a step's batch is cut into, over all processes
+    seconds: float = 0.0  # of training so far
     best: float = -1.0  # highest accuracy of an evaluation so far, in percent
     best_step: int = -1
     unreadable: tuple[str, ...] = ()
@@ -96,7 +97,11 @@ class Checkpoints:
         return None, problems
 
     def clean(self) -> None:
-        """Remove what an interrupted writing left."""
+        """Remove what an interrupted writing left; what it had put aside returns to its place, if that is empty."""
+        for path in self.folder.glob(".writing_*_before"):
+            place = self.folder / path.name.replace(".writing_", "step_").removesuffix("_before")
+            if not place.exists():
+                path.rename(place)
         for path in self.folder.glob(".writing_*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,7 +1,9 @@
 """Data sets by name: images with labels, for training and for testing."""
 
 import gzip
+import math
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from normfree.errors import suggest
 from normfree.training.instances import instances
 from normfree.training.shards import Shards, find_shards
 
 FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 """Where fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's folder."""
 
+_CLOTHES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -67,10 +73,14 @@ def load(spec: str) -> Data:
     """
     name, _, path = spec.partition(":")
     if name == "digits":
+        if path:
+            raise ValueError(f"data is {spec!r}; digits come with scikit-learn and have no path")
         return _digits()
     if name == "fashion_mnist":
         return _fashion_mnist(path)
     if name == "instances":
+        if not path:
+            raise ValueError("data is 'instances': name a folder or .zip of images too, as in instances:PATH")
         train, test = instances(Path(path))
         return Data(train, test, len(train.images), *_IMAGENET)
     if name == "wds" or name.startswith("wds/"):
@@ -131,7 +141,12 @@ def _digits() -> Data:
     images = np.round(digits.images * 255 / 16).astype(np.uint8)
     test = np.arange(len(images)) % 5 == 4
     return Data(
-        Arrays(images[~test], digits.target[~test]), Arrays(images[test], digits.target[test]), 10, (0.305,), (0.376,)
+        Arrays(images[~test], digits.target[~test]),
+        Arrays(images[test], digits.target[test]),
+        10,
+        (0.305,),
+        (0.376,),
+        tuple(map(str, range(10))),
     )
 
 
@@ -148,20 +163,28 @@ def _fashion_mnist(path: str) -> Data:
         images = _idx(folder / f"{prefix}-images-idx3-ubyte").reshape(-1, 28, 28)
         return Arrays(images, _idx(folder / f"{prefix}-labels-idx1-ubyte").tolist())
 
-    return Data(part("train"), part("t10k"), 10, (0.286,), (0.353,))
+    return Data(part("train"), part("t10k"), 10, (0.286,), (0.353,), _CLOTHES)
 
 
 def _idx(path: Path) -> np.ndarray:
     """The bytes of a file in MNIST's format, gzipped or not, in one dimension."""
     packed = path.with_name(path.name + ".gz")
-    data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])  # a magic number, and a number per dimension
+    try:
+        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+        # A magic number, and a number per dimension.
+        values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+        shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    except (EOFError, IndexError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is no file of MNIST's format, or cut off: {error}") from error
+    if values.size != math.prod(shape.tolist()):
+        raise ValueError(f"{path} is cut off: {values.size} values, not {math.prod(shape.tolist())}")
+    return values
 
 
 def _shards(folder: Path, prefix: str) -> Data:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} for wds")
-    paths = [find_shards(folder, prefix, words) for words in (("train",), ("val", "test"))]
+    paths = [find_shards(folder, prefix, words) for words in (("train", "training"), ("val", "validation", "test"))]
     for found, word in zip(paths, ("train", "val"), strict=True):
         if not found:
             raise FileNotFoundError(f"{folder} has no shards {prefix}*{word}*.tar")
@@ -178,6 +201,11 @@ class OfTimm:
         self.dataset = dataset
         # timm's own replaces what it cannot read without a word: its reader does not.
         self.reader = getattr(dataset, "reader", None)
+
+    @property
+    def classes(self) -> Any:
+        """Names -> numbers, of timm's readers; else None."""
+        return getattr(self.reader, "class_to_idx", None)
 
     @property
     def labels(self) -> Sequence[int]:
@@ -203,24 +231,43 @@ class OfTimm:
         return str(self.reader.filename(index)) if self.reader is not None else f"image {index}"
 
 
-def _of_timm(name: str, path: str) -> Data:
+def _image_folders(path: Path) -> tuple[OfTimm, OfTimm]:
+    """Of the folders train, and val, validation or test."""
+    test = next((split for split in ("val", "validation", "test") if (path / split).is_dir()), None)
+    if test is None or not (path / "train").is_dir():
+        raise ValueError(f"{path} has no folders train and val (or test): it would be tested on what it trains on")
+    train = _created("", str(path / "train"), "")
+    # Numbered as in training, also where a class has no test image.
+    return train, _created("", str(path / test), "", class_map=train.classes)
+
+
+def _created(name: str, path: str, split: str, **arguments: Any) -> OfTimm:
+    """Raises ValueError where timm cannot, FileNotFoundError where nothing is there."""
     from timm.data import create_dataset
 
+    try:
+        return OfTimm(create_dataset(name, root=path or None, split=split, **arguments))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"{name or 'imagefolder'} cannot be read from {path}: {error}") from error
+
+
+def _of_timm(name: str, path: str) -> Data:
     if name.startswith(("tfds/", "hfids/")):
         raise ValueError(f"{name} is a stream; give a data set with an index, such as imagefolder, wds/… or hfds/…")
     if not path and not name.startswith("hfds/"):
         raise ValueError(f"data is {name!r}: name its folder too, as in imagefolder:PATH (or use digits)")
     if path and not os.path.isdir(path):
         raise FileNotFoundError(f"there is no folder {path} for {name}")
-    name = {"imagefolder": ""}.get(name, name)
-    train = OfTimm(create_dataset(name, root=path or None, split="train"))
-    names = getattr(train.reader, "class_to_idx", None)
-    # Numbered as in training, also where a class has no test image.
-    numbering: dict[str, Any] = {"class_map": names} if name == "" else {}
-    test = OfTimm(create_dataset(name, root=path or None, split="validation", **numbering))
-    roots = [getattr(part.reader, "root", None) for part in (train, test)]
-    if roots[0] is not None and roots[0] == roots[1]:
-        raise ValueError(f"{path} has no folders train and val: it would be tested on what it trains on")
+    if name == "imagefolder":
+        train, test = _image_folders(Path(path))
+    elif name.startswith(("torch/", "hfds/")) and name not in ("torch/folder", "torch/image_folder"):
+        train, test = (_created(name, path, split) for split in ("train", "validation"))
+    else:
+        known = ("digits", "fashion_mnist", "instances", "wds", "imagefolder")
+        raise ValueError(
+            f"no data is called {name!r}{suggest(name, known)}; {', '.join(known)}, torch/… and hfds/… are"
+        )
+    names = train.classes
     labels = names or getattr(train.dataset, "classes", None)
     classes = len(labels) if labels else 1 + max(train.labels)
     return Data(train, test, classes, *_IMAGENET, tuple(map(str, labels or ())))

@@ -37,6 +37,7 @@ class Result:
     accuracy: Accuracy | None  # of the last evaluation, of the averaged parameters where there are any
     best: float  # highest top-1 accuracy so far, in percent
     asked: bool = False  # to stop, by a signal, even if it ended first
+    seconds: float = 0.0  # of training and testing, before an interruption and after it
 
 
 def train(
@@ -79,7 +80,8 @@ class Training:
         self.take_step = Step(self.setup)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep)
         self.metrics = Table(out / "metrics.csv", COLUMNS)
-        self.position = Position(examples=self.setup.order.examples, processes=accelerator.num_processes)
+        self.start = time.perf_counter()  # less what was spent before an interruption
+        self.position = Position(examples=self.setup.order.examples, parts=self._cut)
         self.saved: Position | None = None
         self.accuracy: Accuracy | None = None
         self.screen = Screen(self.setup.total_steps, quiet or not accelerator.is_main_process)
@@ -113,24 +115,40 @@ class Training:
         if finished:
             self._finish()
         self.accelerator.wait_for_everyone()
-        return Result(self.out, self.position.step, finished, self.accuracy, self.position.best, interruption.asked)
+        return Result(
+            self.out, self.position.step, finished, self.accuracy, self.position.best, interruption.asked,
+            time.perf_counter() - self.start,
+        )  # fmt: skip
+
+    @property
+    def _cut(self) -> int:
+        """Parts of a step's batch."""
+        return int(self.accelerator.num_processes) * self.recipe.accumulate
 
     def _resume(self) -> None:
         """Every process goes on from the checkpoint that the first one chooses."""
         chosen = self._from_first(self.checkpoints.newest() if self.accelerator.is_main_process else None)
         path, problems = chosen
+        if path is None:
+            if problems:
+                raise TrainingError(f"{problems[0]}, and no other is whole: begin again in another folder")
+            return
         for problem in problems:
             self.screen.say(f"{problem}: the one before it is taken")
-        if path is None:
-            return
         position = read_position(path)
         if position.examples != self.setup.order.examples:
             raise ValueError(
                 f"{self.recipe.data} has {self.setup.order.examples} training images, but had {position.examples} when "
                 f"{path} was written: the run cannot go on as it began"
             )
+        if self.recipe.cut != "shuffled" and position.step_in_epoch and position.parts != self._cut:
+            raise ValueError(
+                f"{path} was written amid an epoch of batches in {position.parts} parts, not {self._cut}: with cut "
+                f"{self.recipe.cut} it cannot go on"
+            )
         restore(path, self.accelerator, self.setup.ema)
-        self.position = self.saved = dataclasses.replace(position, processes=self.accelerator.num_processes)
+        self.position = self.saved = dataclasses.replace(position, parts=self._cut)
+        self.start -= position.seconds
         self.screen.say(f"going on after step {position.step} ({path})")
 
     def _epochs(self, interruption: Interruption) -> bool:
@@ -289,6 +307,7 @@ class Training:
                     f"the parameter {name} is not finite after step {self.position.step}; "
                     f"{self.checkpoints.last_good()}"
                 )
+        self._advance(seconds=time.perf_counter() - self.start)
         self.checkpoints.save(self.accelerator, self.position, self.setup.ema)
         self.saved = self.position
 

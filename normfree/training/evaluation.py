@@ -93,9 +93,11 @@ def evaluate_run(
     recipe = Recipe.from_json(run / "config.json")
     if ":" in recipe.model and not recipe.model.startswith(("timm:", "torchvision:")) and model != recipe.model:
         raise ValueError(f"{run} would import and call {recipe.model}: name it as the model too, if you trust it")
+    if model not in (None, recipe.model):
+        raise ValueError(f"model is {model}, but {run} is a run of {recipe.model}")
     known = datasets.load(recipe.data)
     tested = known if data is None else datasets.load(data)
-    if (tested.classes, tested.names) != (known.classes, known.names):
+    if tested.classes != known.classes or (tested.names and known.names and tested.names != known.names):
         raise ValueError(f"{data} has other classes than {recipe.data}, which the network knows")
     network = build(recipe, known)
     if recipe.convert:
@@ -114,7 +116,7 @@ def evaluate_run(
         examples = Examples(tested.test, testing_transform(tested, size, channels), recipe.seed, training=False)
         parts = Parts(order, accelerator.process_index, accelerator.num_processes)
         batches = loader(examples, parts, workers=recipe.workers, pin=False)
-        normalized = Normalization(tested, channels, dtype)
+        normalized = Normalization(known, channels, dtype)
         accuracy, unreadable = evaluate(network.to(accelerator.device), batches, accelerator, normalized)
     for name in dict.fromkeys(unreadable):
         warnings.warn(f"cannot read {name}", stacklevel=2)

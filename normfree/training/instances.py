@@ -3,6 +3,7 @@
 import functools
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
             with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
                 # Palettes with transparent colours warn unless they are converted by way of RGBA.
                 image = (opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError):
+        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error):
             continue
         if min(image.size) < 32:
             continue

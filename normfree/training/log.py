@@ -34,7 +34,10 @@ class Table:
         """
         kept = []
         if self.path.exists():
-            for row in csv.DictReader(self.path.read_text().splitlines()):
+            rows = csv.DictReader(self.path.read_text().splitlines())
+            if rows.fieldnames and "step" not in rows.fieldnames:
+                raise TrainingError(f"{self.path} is no file of a training: choose another folder")
+            for row in rows:
                 whole = None not in row.values()
                 if whole and (int(row["step"]) < step or (int(row["step"]) == step and including(row))):
                     kept.append(row)

@@ -20,6 +20,7 @@ _NAMES: dict[str, dict[str, str | None]] = {
     "timm": {"in_channels": "in_chans", "stochastic_depth_rate": "drop_path_rate"},
     "torchvision": {"in_channels": None, "stochastic_depth_rate": None, "drop_rate": None},
 }
+_RATES = ("stochastic_depth_rate", "drop_rate")
 
 
 def build(recipe: Recipe, data: Data) -> nn.Module:
@@ -42,9 +43,21 @@ def build(recipe: Recipe, data: Data) -> nn.Module:
         theirs = names.get(name, name)
         if theirs is not None and value is not None:
             arguments[theirs] = value
-    arguments |= values(recipe.model_args)
+        elif name in _RATES and value:
+            raise ValueError(f"{name} is {value}, but {recipe.model} has no such argument")
+    more = values(recipe.model_args)
+    if "num_classes" in more:
+        raise ValueError("model_args has num_classes, which the data decides")
+    arguments |= more
+    # What does not know a rate has a rate of 0.
+    zero = {theirs for name in _RATES if arguments.get(theirs := names.get(name) or name) == 0}
     try:
-        return factory(**arguments)
+        try:
+            return factory(**arguments)
+        except TypeError:
+            if not zero:
+                raise
+            return factory(**{name: value for name, value in arguments.items() if name not in zero})
     except TypeError as error:
         raise ValueError(f"{recipe.model} cannot be built: {error}") from error
 
@@ -76,6 +89,13 @@ def model_channels(model: nn.Module, data: Data) -> int:
     """Channels of the images that the model takes: those of its first convolution, else the data's."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return data.channels if first is None else first.in_channels
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """What the model itself calls its classifier (some have two), else its last linear layer."""
+    named = getattr(model, "get_classifier", None)
+    found = named() if callable(named) else [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    return [found] if isinstance(found, nn.Module) else list(found)
 
 
 def weight_decay(recipe: Recipe, model: nn.Module) -> float:

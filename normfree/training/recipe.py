@@ -63,8 +63,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:  # nor NaN
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+            if value is not None and not least <= value < 2**63:  # nor NaN
+                raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
@@ -114,7 +114,8 @@ _LEAST = {
     "signal_every": 0, "max_unreadable": 0,
 }  # fmt: skip
 
-# May differ when a run is taken up again: nothing of the result depends on them.
+# May differ when a run is taken up again: nothing of the result depends on them (on `accumulate` does the order of an
+# epoch whose batches are cut by class).
 UNBOUND = (
     "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
     "on_nonfinite", "max_unreadable",

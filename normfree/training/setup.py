@@ -12,7 +12,7 @@ from normfree.convert import Plan, convert
 from normfree.training.batches import Examples, Order, Parts, collate, loader
 from normfree.training.data import Data, Fewer
 from normfree.training.mixing import Mixing
-from normfree.training.model import build, load_weights, model_channels, sizes, values, weight_decay
+from normfree.training.model import build, classifiers, load_weights, model_channels, sizes, values, weight_decay
 from normfree.training.recipe import Recipe
 from normfree.training.sharding import configure
 from normfree.training.transforms import Normalization, testing_transform, training_transform
@@ -100,8 +100,7 @@ class Setup:
                 fsdp2_prepare_model(self.accelerator, self.ema.module)
             else:
                 self.ema.to(self.accelerator.device)
-        head = getattr(self.model, "get_classifier", None)
-        excluded = {id(p) for p in head().parameters()} if callable(head) else set()
+        excluded = {id(p) for head in classifiers(self.model) for p in head.parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in excluded]
 
 
@@ -109,6 +108,21 @@ def testing_order(recipe: Recipe, data: Data, processes: int) -> Order:
     """The test set in order, in batches no larger than those of training, and of 256 images a process at most."""
     batch = min(max(recipe.batch // recipe.accumulate, processes), 256 * processes)
     return Order(len(data.test), batch, processes, recipe.seed, shuffle=False)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Any]:
+    """accelerate's PartialState, for several trainings by the same processes; afterwards it is as it was."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    ours = not PartialState._shared_state
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        yield state
+    finally:
+        if ours:
+            state.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @contextlib.contextmanager
@@ -125,6 +139,8 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     missing = set(recipe.log) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     if missing:
         raise ImportError(f"log needs {', '.join(sorted(missing))}: pip install {' '.join(sorted(missing))}")
+    if recipe.precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("precision is fp16, in which CPUs do not train; bf16 they do")
     ours = not PartialState._shared_state
     accelerator = Accelerator(
         mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",

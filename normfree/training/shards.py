@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,9 +62,11 @@ class Shards:
 
 
 def find_shards(folder: Path, prefix: str, words: Sequence[str]) -> list[Path]:
-    """The tar files of a folder whose names begin with `prefix` and have one of the words in the rest of it."""
+    """The tar files of a folder whose names begin with `prefix`, and then have the first of the words that any has."""
     names = sorted(path for path in folder.glob("*.tar") if path.name.startswith(prefix))
-    return [path for path in names if any(word in path.name.removeprefix(prefix) for word in words)]
+    having = {path: set(re.findall("[a-z]+", path.name.removeprefix(prefix).lower())) for path in names}
+    found = ([path for path in names if word in having[path]] for word in words)
+    return next(filter(None, found), [])
 
 
 def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from normfree.errors import SingleValueError
 from normfree.training.batches import Batch
 from normfree.training.evaluation import accumulator, totals
 from normfree.training.monitor import SignalMonitor
@@ -48,6 +49,7 @@ class Step:
         setup, accelerator = self.setup, self.setup.accelerator
         setup.schedule.step_update(number)
         sums = accumulator(6, accelerator.device)
+        before = self._statistics()
         mixed = batches[0].targets.ndim > 1
         for position, batch in enumerate(batches):
             last = position + 1 == len(batches)
@@ -73,6 +75,9 @@ class Step:
         sums[5] = norm
         loss_sum, first, five, stops, new, norm_value = sums.tolist()
         finite = self._update(number, loss_sum, norm)
+        if not finite:
+            for buffer, value in before:
+                buffer.copy_(value)
         return Outcome(
             loss_sum / count, None if mixed else 100 * first / count, None if mixed else 100 * five / count, norm_value,
             finite, stops > 0, round(new),
@@ -88,8 +93,16 @@ class Step:
         images = setup.normalized(batch.images, device)
         if setup.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with setup.accelerator.autocast():
-            logits = model(images)
+        try:
+            with setup.accelerator.autocast():
+                logits = model(images)
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise SingleValueError(
+                f"a part of {len(images)} image(s) gives a normalizer one value per channel, which has no variance: "
+                "take larger batches, or a network without BatchNorm"
+            ) from error
         return logits, batch.targets.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
 
     def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -99,6 +112,12 @@ class Step:
         smoothing = self.setup.recipe.label_smoothing
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         return (losses * weights.to(losses.dtype)).sum() / count
+
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Copies of what a forward pass may change, where a step may be left out: BatchNorm's running statistics."""
+        if self.setup.recipe.on_nonfinite != "skip":
+            return []
+        return [(buffer, buffer.clone()) for buffer in self.setup.model.buffers()]
 
     def _loss_scale(self) -> float:
         scaler = self.setup.accelerator.scaler

@@ -15,11 +15,14 @@ def training_transform(recipe: Recipe, data: Data, size: int, channels: int) -> 
     from timm.data import create_transform
 
     whole = recipe.crop_scale == 1
-    transform = create_transform(
-        (channels, size, size), is_training=True, scale=(recipe.crop_scale, 1.0),
-        ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3), hflip=0.5 if recipe.flip else 0.0,
-        auto_augment=recipe.auto_augment or None, **_common(data, channels),
-    )  # fmt: skip
+    try:
+        transform = create_transform(
+            (channels, size, size), is_training=True, scale=(recipe.crop_scale, 1.0),
+            ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3), hflip=0.5 if recipe.flip else 0.0,
+            auto_augment=recipe.auto_augment or None, **_common(data, channels),
+        )  # fmt: skip
+    except AssertionError as error:
+        raise ValueError(f"auto_augment is {recipe.auto_augment!r}, which timm does not know {error}") from error
     return _converted(transform, channels)
 
 

@@ -1,6 +1,9 @@
 """Every study at a toy size, end to end, and what it makes of failures and interruptions."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,8 @@ from normfree.studies.claims import STUDIES, study
 from normfree.studies.ledger import Cell, Ledger, Study, fingerprint
 from normfree.studies.results import table, write
 from normfree.studies.runner import entries, run
-from normfree.training import RECIPES
+from normfree.training import RECIPES, Result
+from normfree.training.evaluation import Accuracy
 
 
 def small(name):
@@ -23,6 +27,11 @@ def small(name):
             recipe = dataclasses.replace(recipe, model_args=("width=0.25", *recipe.model_args[1:]))
         cells.append(dataclasses.replace(cell, recipe=dataclasses.replace(recipe, batch=recipe.batch * 6)))
     return dataclasses.replace(toy, cells=tuple(cells))
+
+
+def over(top1, asked=False):
+    """What a training that has ended returns."""
+    return Result(Path(), 1, True, Accuracy(100, 1.0, top1, top1), top1, asked, 1.0)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -71,15 +80,10 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
         if recipe.model == "never" or recipe.lr > 1:
             raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
         if (recipe.model, recipe.lr, recipe.seed) == ("luck", 0.4, 0):
-            return result(60)
+            return over(60)
         if (recipe.model, recipe.lr, recipe.seed) == ("luck", 0.4, 2):
             raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
-        return result(50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed)
-
-    def result(top1):
-        return type(
-            "Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": top1})()}
-        )()
+        return over(50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed)
 
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +105,7 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
 
 def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
     recipe = RECIPES["digits"]
-    done = type("Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    done = over(90.0)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     before = Study("s", "claim", "depth", (Cell("a", "1", recipe),))
     run(before, tmp_path, seeds=1)
@@ -111,7 +115,7 @@ def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
 
 
 def test_some_columns_only(tmp_path, monkeypatch):
-    done = type("Result", (), {"finished": True, "asked": False, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    done = over(90.0)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     one = study("batch-size", "digits", "toy")
     found = run(one, tmp_path, seeds=2, only=["64"])
@@ -124,7 +128,7 @@ def test_some_columns_only(tmp_path, monkeypatch):
 
 
 def test_asked_to_stop_while_a_training_ends_it_begins_no_other(tmp_path, monkeypatch):
-    done = type("Result", (), {"finished": True, "asked": True, "accuracy": type("Accuracy", (), {"top1": 90.0})()})()
+    done = over(90.0, asked=True)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     found = run(study("batch-size", "digits", "toy"), tmp_path, seeds=2)
     assert [len(entry.trainings) for entry in found] == [1, 0, 0, 0]
@@ -159,3 +163,23 @@ def test_ablations_leave_out_what_they_name():
 def test_names_that_do_not_exist():
     with pytest.raises(ValueError, match="did you mean depth"):
         study("dept", "digits", "toy")
+
+
+def test_two_processes_train_together_and_one_writes(tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "normfree", "study", "microbatch"]
+    arguments = ["--budget", "toy", "--data", "digits", "--seeds", "2", "--only", "NF", "mixed", "--out", "both"]
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = Ledger(tmp_path / "both" / "trainings.csv").read()
+    assert [(t.row, t.column, t.seed) for t in found] == [("NF", "mixed", 0), ("NF", "mixed", 1)]
+    assert done.stdout.count("seed 1") == 1
+
+
+def test_one_image_at_a_time_is_a_failure_of_batch_norm(tmp_path):
+    one = study("batch-size", "digits", "small")
+    (cell,) = (c for c in one.cells if (c.row, c.column) == ("BatchNorm", "1"))
+    recipe = dataclasses.replace(cell.recipe, epochs=1, train_images=4, evaluate_every=1)
+    one = dataclasses.replace(one, cells=(dataclasses.replace(cell, recipe=recipe),), rates=(0.1,))
+    (entry,) = run(one, tmp_path, seeds=1)
+    assert entry.accuracies == []
+    assert "gives a normalizer one value per channel" in entry.trainings[0].error

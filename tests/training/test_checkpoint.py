@@ -131,3 +131,13 @@ def test_nothing_that_could_run_code_is_loaded(tmp_path):
     torch.save(Runs(), tmp_path / "optimizer.bin")
     with pytest.raises(Exception, match="Weights only load failed"):
         load(tmp_path / "optimizer.bin")
+
+
+def test_what_was_put_aside_returns(checkpoints):
+    folder = checkpoints.folder
+    newest = checkpoints.save(Process(), Position(step=1), None)
+    newest.rename(folder / f".writing_{newest.name.removeprefix('step_')}_before")
+    (folder / ".writing_00000099").mkdir()
+    checkpoints.clean()
+    assert checkpoints.newest() == (newest, [])
+    assert not list(folder.glob(".writing_*"))

@@ -93,7 +93,9 @@ def test_folders_of_classes_are_timm_s(tmp_path):
     shutil.rmtree(tmp_path / "val" / "cat")  # a class without test images moves no other's number
     only_dogs = load(f"imagefolder:{tmp_path}").test
     assert {only_dogs[i][1] for i in range(len(only_dogs))} == {1}
-    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").rename(tmp_path / "test")
+    assert len(load(f"imagefolder:{tmp_path}").test) == 2
+    shutil.rmtree(tmp_path / "test")
     (tmp_path / "train").rename(tmp_path / "all")
     with pytest.raises(ValueError, match="no folders train and val"):
         load(f"imagefolder:{tmp_path}")
@@ -110,6 +112,10 @@ def test_folders_of_classes_are_timm_s(tmp_path):
         ("instances:/none", FileNotFoundError, "folder or .zip"),
         ("imagefolder:/none", FileNotFoundError, "no folder /none"),
         ("digitz", ValueError, "name its folder"),
+        ("imagefoldr:/", ValueError, "no data is called 'imagefoldr'; did you mean imagefolder"),
+        ("torch/folder:/", ValueError, "no data is called"),
+        ("digits:/none", ValueError, "have no path"),
+        ("instances", ValueError, "name a folder or .zip"),
         ("tfds/imagenet:/none", ValueError, "is a stream"),
         ("wds/imagenet:/none", FileNotFoundError, "no folder /none for wds"),
     ],
@@ -117,3 +123,25 @@ def test_folders_of_classes_are_timm_s(tmp_path):
 def test_what_is_not_there(spec, error, words):
     with pytest.raises(error, match=words):
         load(spec)
+
+
+def test_files_that_are_cut_off(tmp_path):
+    header = struct.pack(">4i", 2051, 4, 28, 28)
+    for name, text in (("empty", b""), ("short", header + bytes(784)), ("header", header[:7])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-images-idx3-ubyte").write_bytes(text)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte is"):
+            load(f"fashion_mnist:{tmp_path / name}")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header)[:-9])
+    with pytest.raises(ValueError, match="cut off"):
+        load(f"fashion_mnist:{tmp_path / 'packed'}")
+    for name, seed in (("a.png", 0), ("b.png", 1), ("c.png", 2)):
+        picture(seed).save(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as archive:
+        for name in ("a.png", "b.png", "c.png"):
+            archive.write(tmp_path / name, name)
+    content = bytearray((tmp_path / "damaged.zip").read_bytes())
+    content[60] ^= 255  # in the first image
+    (tmp_path / "damaged.zip").write_bytes(content)
+    assert load(f"instances:{tmp_path / 'damaged.zip'}").classes == 2

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 from normfree.errors import TrainingError
-from normfree.training import RECIPES, evaluate_run, train
+from normfree.training import RECIPES, engine, evaluate_run, train
 from normfree.training.data import Arrays, load
 from normfree.training.faults import locate
+from normfree.training.model import build, classifiers
 
 TINY = dataclasses.replace(
     RECIPES["digits"], model_args=("width=0.25",), epochs=1, batch=96, log_every=4, checkpoint_every=0
@@ -129,7 +131,7 @@ def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
         differences[name] = max((one[key] - other[key]).abs().max().item() for key in one)
     print(differences)
     assert max(differences.values()) < 1e-10, differences
-    assert json.loads(next((tmp_path / "two" / "checkpoints").glob("*/position.json")).read_text())["processes"] == 2
+    assert json.loads(next((tmp_path / "two" / "checkpoints").glob("*/position.json")).read_text())["parts"] == 2
     normalized = dataclasses.replace(double, model="bn_resnet26", epochs=1)
     for parts in (1, 4):
         train(dataclasses.replace(normalized, accumulate=parts), tmp_path / f"bn{parts}", quiet=True)
@@ -197,6 +199,40 @@ def test_a_loss_that_is_not_finite_names_the_step_the_layer_and_the_checkpoint(t
     assert result.finished
     weights = load_file(tmp_path / "skip" / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_a_step_that_is_left_out_leaves_nothing(tmp_path):
+    recipe = dataclasses.replace(TINY, model="bn_resnet26", on_nonfinite="skip")
+
+    def overflow(module, args):
+        if module.training and next(calls) == 3:
+            return (args[0] * torch.inf,)
+        return args
+
+    calls = itertools.count()
+    original = engine.Setup._prepare
+
+    def prepare(setup):
+        setup.model.register_forward_pre_hook(overflow)
+        original(setup)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Setup, "_prepare", prepare)
+        result = train(recipe, tmp_path / "burst", quiet=True)
+    assert result.accuracy.loss == pytest.approx(result.accuracy.loss)  # not NaN
+    state = load_file(tmp_path / "burst" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in state.values())
+
+
+def test_checkpoints_of_which_none_is_whole_are_not_begun_over(tmp_path):
+    out = tmp_path / "run"
+    train(dataclasses.replace(TINY, checkpoint_every=4), out, quiet=True)
+    before = rows(out)
+    for path in (out / "checkpoints").glob("step_*"):
+        (path / "position.json").write_text("{}")
+    with pytest.raises(TrainingError, match="and no other is whole"):
+        train(dataclasses.replace(TINY, checkpoint_every=4), out, resume="auto", quiet=True)
+    assert rows(out) == before
 
 
 def test_where_it_first_went_wrong():
@@ -346,6 +382,40 @@ def test_models_that_cannot_be_built(tmp_path):
         ({"model": "nf_resnet27"}, "no model is called"),
         ({"model_args": ("widht=1",)}, "no argument 'widht'"),
         ({"model": "torchvision:resnet18", "model_args": ("width=1",)}, "cannot be built"),
+        ({"model": "torchvision:resnet18", "drop_rate": 0.2}, "has no such argument"),
+        ({"model_args": ("num_classes=3",)}, "which the data decides"),
+        ({"model": "os:getcwd", "model_args": ()}, "made a str"),
+        ({"auto_augment": "nonsense"}, "auto_augment is 'nonsense'"),
+        ({"precision": "fp16"}, "in which CPUs do not train"),
     ):
         with pytest.raises(ValueError, match=words):
             train(dataclasses.replace(TINY, **changes), tmp_path / "run", quiet=True)
+
+
+def test_models_without_a_rate_and_with_two_heads(tmp_path):
+    linear = dataclasses.replace(TINY, model="timm:vgg11", model_args=())
+    model = build(dataclasses.replace(linear, stochastic_depth_rate=0.0), load("digits"))
+    assert classifiers(model)[0].out_features == 10
+    assert classifiers(build(dataclasses.replace(linear, model="torchvision:resnet18"), load("digits"))) != []
+    distilled = build(
+        dataclasses.replace(linear, model="timm:deit_tiny_distilled_patch16_224", stochastic_depth_rate=None),
+        load("digits"),
+    )
+    assert len(classifiers(distilled)) == 2
+
+
+def test_evaluation_on_other_data(tmp_path):
+    train(TINY, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="is a run of nf_resnet26"):
+        evaluate_run(tmp_path / "run", model="timm:resnet18")
+    digits = load("digits")
+    for part, images in (("train", digits.train), ("val", digits.test)):
+        for i in range(len(images)):
+            image, label = images[i]
+            folder = tmp_path / "folder" / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    # The same images: what they are normalized by is what the network was trained with.
+    files, arrays = (evaluate_run(tmp_path / "run", data=d) for d in (f"imagefolder:{tmp_path / 'folder'}", None))
+    assert files.examples == arrays.examples
+    assert files.loss == pytest.approx(arrays.loss, rel=1e-3)
