@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+import numbers
+import types
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from normfree.errors import suggest
 
 Precision = Literal["no", "bf16", "fp16", "double"]
 Cut = Literal["shuffled", "by_class", "dealt"]
 OnNonfinite = Literal["stop", "skip"]
-_CHOICES = {"precision": get_args(Precision), "cut": get_args(Cut), "on_nonfinite": get_args(OnNonfinite)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,14 @@ class Recipe:
     max_unreadable: int = 100  # images that cannot be read before the training stops
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Recipe).items():
+            if not _is_of(getattr(self, name), hint):
+                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.Literal", "one of ")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {kind}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:  # nor NaN
                 raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if not 0 <= self.ema < 1:
@@ -120,6 +122,19 @@ UNBOUND = (
     "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
     "on_nonfinite", "max_unreadable",
 )  # fmt: skip
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a field is declared to have; lists are tuples too, as JSON has none."""
+    arguments = get_args(hint)
+    if get_origin(hint) is types.UnionType:
+        return any(_is_of(value, argument) for argument in arguments)
+    if get_origin(hint) is Literal:
+        return value in arguments
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(item, arguments[0]) for item in value)
+    abstract = {int: numbers.Integral, float: numbers.Real}.get(hint)
+    return isinstance(value, hint) if abstract is None else isinstance(value, abstract) and not isinstance(value, bool)
 
 
 def _unknown(values: Any, names: set[str]) -> str:

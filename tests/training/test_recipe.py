@@ -1,6 +1,7 @@
 """Recipes: the paper's numbers, files, and what cannot be."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -42,7 +43,9 @@ def test_a_file_that_is_no_recipe(text, tmp_path):
     [
         ("epochs", 0), ("batch", 0), ("lr", float("nan")), ("lr", -1.0), ("label_smoothing", 1.0), ("ema", 1.0),
         ("crop_scale", 0.0), ("model_args", ("width",)), ("accumulate", 0), ("keep", 0),
-        ("precision", "float64"), ("on_nonfinite", "ignore"),
+        ("precision", "float64"), ("on_nonfinite", "ignore"), ("epochs", 1.5), ("flip", "no"), ("model", 5),
+        ("seed", None), ("seed", 2**64), ("model_args", "width=1"),
+        ("log", ("tensorbord",)), ("warmup_epochs", math.inf),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(field, value):
