@@ -79,7 +79,7 @@ class Plan:
                 if computing:
                     _compute(layer, modules[planned.path], modules[planned.norm])
             if planned.standardize and users[id(layer.weight)] == 1:  # another module's weight stays as it is
-                _normalize(planned.path, layer)
+                _normalize(layer)
             put(model, modules[planned.path], layer)
         for norm in self.removed:
             put(model, modules[norm.path], without(modules[norm.path], norm))
@@ -205,14 +205,12 @@ def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
         layer.bias.copy_((0 if shift is None else shift) - slopes * mean)
 
 
-def _normalize(path: str, layer: ScaledWS) -> None:
+def _normalize(layer: ScaledWS) -> None:
     """Filters of unit norm on average: standardization ignores their norm, but a learning rate acts through it."""
     with torch.no_grad():
         filters = layer.filters(layer.weight).flatten(1)
         norm = (filters - filters.mean(1, keepdim=True)).square().sum(1).mean().sqrt()
-        if norm <= 10 * torch.finfo(filters.dtype).eps * filters.square().sum(1).mean().sqrt():
-            raise ValueError(f"the filters of {path} are constant: without their means they are zero")
-        layer.weight.div_(norm)
+        layer.weight.div_(norm if norm > 0 else 1)
 
 
 def _excluded(path: str, exclude: Sequence[str]) -> bool:

@@ -89,11 +89,13 @@ def test_filters_of_one_weight_keep_it(layer, shape):
     assert torch.allclose(model(x), model.double()(x.double()).float(), atol=1e-4)
 
 
-def test_constant_filters_are_refused():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+def test_constant_filters_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     nn.init.constant_(model[0].weight, 0.1)
-    with pytest.raises(ValueError, match="the filters of 0 are constant"):
-        convert(model, IMAGES)
+    (kept,) = convert(model, IMAGES).kept
+    assert (kept.path, kept.note) == (
+        "1", "normalizes the output of 0: its weight is constant: without its mean it is zero"
+    )  # fmt: skip
 
 
 def test_hooks_and_attributes_stay():
