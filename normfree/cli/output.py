@@ -9,6 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
+def first_process() -> bool:
+    """Whether this is the one that speaks, of those that torchrun or accelerate launch has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A rich table on a terminal, numbers on the right; lines of cells separated by tabs in a pipe or a file."""
     console = Console()

@@ -1,12 +1,11 @@
 """`normfree study`: the paper's claims, measured."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from normfree.cli.output import announce, show_table
+from normfree.cli.output import announce, first_process, show_table
 
 
 def study(
@@ -40,7 +39,7 @@ def study(
     one = defined(name, data, budget)
     folder = out or Path("studies") / name
     folder.mkdir(parents=True, exist_ok=True)
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    first = first_process()
     if first:
         print(one.claim)
     entries = run(one, folder, seeds=seeds, only=only, said=lambda text: print(text, flush=True))

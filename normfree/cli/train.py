@@ -1,12 +1,11 @@
 """`normfree train`: train a recipe; `normfree eval`: test what was trained."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from normfree.cli.output import show_table
+from normfree.cli.output import first_process, show_table
 
 
 def train(
@@ -56,15 +55,10 @@ def train_command(arguments: list[str]) -> None:
             quiet: Print nothing but the result.
         """
         result = run(recipe, out, resume=resume, quiet=quiet)
-        if _first_process():
+        if first_process():
             _show(result)
 
     tyro.cli(command, args=rest, prog=f"normfree train {name}")
-
-
-def _first_process() -> bool:
-    """Of those that torchrun or accelerate launch has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _show(result: Any) -> None:
@@ -91,13 +85,13 @@ def evaluate(
     Args:
         run: Folder of a run.
         data: Another data set than the run's, with the same classes.
-        weights: Another .safetensors file than the run's last weights.
+        weights: Another .safetensors file than the run's averaged weights or, where there are none, its last.
         model: The run's model again, where that is a function of a package, which will be imported and called.
     """
     from normfree.training import evaluate_run
 
     found = evaluate_run(run, data=data, weights=weights, model=model)
-    if not _first_process():
+    if not first_process():
         return
     show_table(
         ("run", "images", "loss", "top-1 %", "top-5 %"),

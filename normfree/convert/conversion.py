@@ -113,7 +113,7 @@ def convert(
     norms      which normalizers go: "batch" (frozen and synchronized ones too), "group", "layer", "instance"
     exclude    paths of modules that stay as they are, with everything in them; glob patterns too
     depthwise  of convolutions with one channel per group: "standardize", or "scale", without subtracting the mean
-    inplace    convert the model itself rather than a copy
+    inplace    convert the model itself rather than a copy; a SignalError may leave it half converted
 
     Raises ValueError where nothing can be converted or an argument cannot be, TypeError for what is no module, and
     SignalError where the model does not run on the images or a variance cannot be set.
@@ -161,6 +161,11 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         with safe_open(str(path), "pt") as file:
             plan = Plan.from_json((file.metadata() or {}).get(_PLAN, ""))
+            held = set(file.keys())
+            for name, parameter in model.named_parameters():
+                here = tuple(parameter.shape)
+                if name in held and (there := tuple(file.get_slice(name).get_shape())) != here:
+                    raise ValueError(f"{name} is {there} there and {here} here")
         plan.apply(model)
         load_model(model, str(path))
     except FileNotFoundError:

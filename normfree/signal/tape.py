@@ -66,16 +66,21 @@ class Tape:
     nodes: list[Node] = field(default_factory=list)
     last_module: str = ""
 
-    def record(
+    def record(self, model: nn.Module, call: Callable[[], Any], inputs: Iterable[Tensor], **how: Any) -> Any:
+        """Run `call` and return its result, under `recording`."""
+        with self.recording(model, inputs, **how):
+            return call()
+
+    @contextlib.contextmanager
+    def recording(
         self,
         model: nn.Module,
-        call: Callable[[], Any],
         inputs: Iterable[Tensor],
         *,
         reduce_weight_layers: bool = False,
         on_gradient: Callable[[int, Tensor], None] | None = None,
-    ) -> Any:
-        """Run `call` and return its result; `inputs` are the tensors it starts from.
+    ) -> Iterator[None]:
+        """Record what happens inside; `inputs` are the tensors it starts from.
 
         Additions of activations are reduced to statistics, terms and result, the moment they happen; with
         `reduce_weight_layers` the outputs of weight layers too. `on_gradient` is called with a node and its gradient,
@@ -83,9 +88,8 @@ class Tape:
         """
         recorder = _Recorder(self, model, inputs, reduce_weight_layers, on_gradient)
         with recorder.module_hooks(), recorder:
-            result = call()
+            yield
         recorder.flush_gradient_hooks()
-        return result
 
 
 class _Recorder(TorchDispatchMode):

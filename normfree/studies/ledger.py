@@ -79,25 +79,32 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen = (0, 0)  # when the file was read last: its time and size
+        self._found: dict[tuple[str, str, str], Training] = {}
 
     def find(self, cell: Cell, lr: float, seed: int) -> Training | None:
         """The training of this recipe, rate and seed."""
+        if self.path.exists():
+            seen = self.path.stat().st_mtime_ns, self.path.stat().st_size
+            if seen != self._seen:
+                self._found = {(t.recipe, t.row, t.column): t for t in reversed(self.read())}
+                self._seen = seen
         wanted = fingerprint(dataclasses.replace(cell.recipe, lr=lr, seed=seed))
-        return next((t for t in self.read() if (t.recipe, t.row, t.column) == (wanted, cell.row, cell.column)), None)
+        return self._found.get((wanted, cell.row, cell.column))
 
     def read(self) -> list[Training]:
-        """All of them. Raises ValueError for a file that is none of ours."""
+        """All of them, without a last line that is not whole. Raises ValueError for a file that is none of ours."""
         if not self.path.exists():
             return []
         try:
-            with self.path.open(newline="", encoding="utf-8") as file:
-                return [
-                    Training(
-                        row["recipe"], row["row"], row["column"], float(row["lr"]), int(row["seed"]),
-                        float(row["top1"]) if row["top1"] else None, float(row["seconds"]), row["error"],
-                    )
-                    for row in csv.DictReader(file)
-                ]  # fmt: skip
+            text = self.path.read_text(encoding="utf-8")
+            return [
+                Training(
+                    row["recipe"], row["row"], row["column"], float(row["lr"]), int(row["seed"]),
+                    float(row["top1"]) if row["top1"] else None, float(row["seconds"]), row["error"],
+                )
+                for row in csv.DictReader(text[: _whole(text)].splitlines())
+            ]  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} holds no trainings of a study ({error!r})") from error
 
@@ -108,7 +115,10 @@ class Ledger:
             "top1": "" if training.top1 is None else f"{training.top1:.4f}",
             "seconds": f"{training.seconds:.1f}",
         }
-        new = not self.path.exists()
+        held = self.path.read_bytes() if self.path.exists() else b""
+        if _whole(held) < len(held):
+            os.truncate(self.path, _whole(held))
+        new = not _whole(held)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(values), lineterminator="\n")
             if new:
@@ -116,3 +126,8 @@ class Ledger:
             writer.writerow(values)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _whole(text: str | bytes) -> int:
+    """Length of its whole lines: the last one may have been interrupted."""
+    return 1 + (text.rfind("\n") if isinstance(text, str) else text.rfind(b"\n"))

@@ -45,6 +45,8 @@ def run(
                     said(f"{cell.row}, {study.across} {cell.column}, rate {lr:g}, seed {seed}")
                 recipe = replace(cell.recipe, lr=lr, seed=seed)
                 if not _train(out, recipe, loaded(recipe.data), cell, ledger, processes):
+                    if processes.is_main_process:
+                        said("interrupted: the same command goes on")
                     return entries(study, out, seeds)
             if processes.is_main_process:
                 results.write(study, out, entries(study, out, seeds))

@@ -41,11 +41,9 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True)
-class Data:
-    """A data set for training and testing; mean and std are those of its pixels in [0, 1], per channel."""
+class Description:
+    """What a network knows of its data; mean and std are those of the pixels in [0, 1], per channel."""
 
-    train: Images
-    test: Images
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -55,6 +53,14 @@ class Data:
     def channels(self) -> int:
         """1 for grey images, 3 for RGB."""
         return len(self.mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Description):
+    """A data set for training and testing."""
+
+    train: Images
+    test: Images
 
 
 def load(spec: str) -> Data:
@@ -82,7 +88,7 @@ def load(spec: str) -> Data:
         if not path:
             raise ValueError("data is 'instances': name a folder or .zip of images too, as in instances:PATH")
         train, test = instances(Path(path))
-        return Data(train, test, len(train.images), *_IMAGENET)
+        return Data(len(train.images), *_IMAGENET, train=train, test=test)
     if name == "wds" or name.startswith("wds/"):
         return _shards(Path(path), name.removeprefix("wds").removeprefix("/"))
     return _of_timm(name, path)
@@ -140,14 +146,8 @@ def _digits() -> Data:
     digits = load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)
     test = np.arange(len(images)) % 5 == 4
-    return Data(
-        Arrays(images[~test], digits.target[~test]),
-        Arrays(images[test], digits.target[test]),
-        10,
-        (0.305,),
-        (0.376,),
-        tuple(map(str, range(10))),
-    )
+    train, tested = (Arrays(images[part], digits.target[part]) for part in (~test, test))
+    return Data(10, (0.305,), (0.376,), tuple(map(str, range(10))), train=train, test=tested)
 
 
 def _fashion_mnist(path: str) -> Data:
@@ -163,7 +163,7 @@ def _fashion_mnist(path: str) -> Data:
         images = _idx(folder / f"{prefix}-images-idx3-ubyte").reshape(-1, 28, 28)
         return Arrays(images, _idx(folder / f"{prefix}-labels-idx1-ubyte").tolist())
 
-    return Data(part("train"), part("t10k"), 10, (0.286,), (0.353,), _CLOTHES)
+    return Data(10, (0.286,), (0.353,), _CLOTHES, train=part("train"), test=part("t10k"))
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -191,7 +191,7 @@ def _shards(folder: Path, prefix: str) -> Data:
     train, test = map(Shards, paths)
     if not len(train) or not len(test):
         raise ValueError(f"the shards of {folder} hold {len(train)} training and {len(test)} test images")
-    return Data(train, test, 1 + max(*train.labels, *test.labels), *_IMAGENET)
+    return Data(1 + max(*train.labels, *test.labels), *_IMAGENET, train=train, test=test)
 
 
 class OfTimm:
@@ -237,6 +237,9 @@ def _image_folders(path: Path) -> tuple[OfTimm, OfTimm]:
     if test is None or not (path / "train").is_dir():
         raise ValueError(f"{path} has no folders train and val (or test): it would be tested on what it trains on")
     train = _created("", str(path / "train"), "")
+    unknown = [name for name in _created("", str(path / test), "").classes or () if name not in (train.classes or ())]
+    if unknown:  # timm would leave them out
+        raise ValueError(f"{path / test} has classes that {path / 'train'} does not have: {', '.join(unknown[:5])}")
     # Numbered as in training, also where a class has no test image.
     return train, _created("", str(path / test), "", class_map=train.classes)
 
@@ -270,4 +273,4 @@ def _of_timm(name: str, path: str) -> Data:
     names = train.classes
     labels = names or getattr(train.dataset, "classes", None)
     classes = len(labels) if labels else 1 + max(train.labels)
-    return Data(train, test, classes, *_IMAGENET, tuple(map(str, labels or ())))
+    return Data(classes, *_IMAGENET, tuple(map(str, labels or ())), train=train, test=test)

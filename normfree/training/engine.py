@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from normfree.errors import NotFiniteError, TrainingError
 from normfree.training.batches import Batch
 from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
 from normfree.training.data import Data, load
-from normfree.training.evaluation import PLAN, Accuracy, evaluate
+from normfree.training.evaluation import DATA, PLAN, Accuracy, evaluate
 from normfree.training.faults import locate
 from normfree.training.interruption import Interruption
 from normfree.training.log import COLUMNS, Screen, Table
@@ -90,6 +91,9 @@ class Training:
         if accelerator.is_main_process:
             self.checkpoints.clean()
             _write(out / "config.json", recipe.to_json())
+            known = self.setup.data
+            described = {"classes": known.classes, "mean": known.mean, "std": known.std, "names": known.names}
+            _write(out / DATA, json.dumps(described, ensure_ascii=False) + "\n")
             if self.setup.plan is not None:
                 _write(out / PLAN, self.setup.plan.to_json() + "\n")
         accelerator.wait_for_everyone()
@@ -268,12 +272,10 @@ class Training:
     def _monitor(self) -> Any:
         if not self.recipe.signal_every or not self.accelerator.is_main_process:
             return contextlib.nullcontext()
-        monitor = SignalMonitor(
+        return SignalMonitor(
             self.setup.model, every=self.recipe.signal_every, path=self.out / "signal.csv",
-            log=lambda values, step: self.accelerator.log(dict(values), step=step),
+            log=lambda values, step: self.accelerator.log(dict(values), step=step), step=self.position.step,
         )  # fmt: skip
-        monitor.step = self.position.step
-        return monitor
 
     def _evaluate(self) -> None:
         for kind, model in (("eval", self.setup.model), ("eval_ema", self.setup.ema and self.setup.ema.module)):

@@ -1,5 +1,6 @@
 """How good a network is: sums over every example of a data set, each counted once."""
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from normfree.convert import Plan
 from normfree.training import data as datasets
 from normfree.training.batches import Batch, Examples, Parts, loader
+from normfree.training.data import Description
 from normfree.training.model import build, load_weights, model_channels, sizes
 from normfree.training.recipe import Recipe
 from normfree.training.setup import accelerated, testing_order
@@ -20,6 +22,9 @@ from normfree.training.transforms import Normalization, testing_transform
 
 PLAN = "plan.json"
 """In the folder of a run that began with a conversion: which modules it replaced."""
+
+DATA = "data.json"
+"""In a run's folder: what its network knows of the data."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +83,22 @@ def evaluate(
     return Accuracy(round(count), loss / read, 100 * first / read, 100 * five / read), unreadable
 
 
-def evaluate_run(
-    run: str | Path, *, data: str | None = None, weights: str | Path | None = None, model: str | None = None
-) -> Accuracy:
-    """Test the network of a run's folder on the run's data, or on `data`.
+def load_run(run: str | Path, *, weights: str | Path | None = None, model: str | None = None) -> nn.Module:
+    """The network of a run's folder, in eval mode.
 
     The weights are `weights`, or the averaged ones where there are any, or the last. A network that is made by a
     function (package.module:factory) is only made if `model` says the same: the folder may be somebody else's.
 
-    Raises ValueError for a folder without a config.json, for data with other classes and for such a network;
-    FileNotFoundError where there are no weights, and TrainingError for weights that do not fit.
+    Raises ValueError for a folder that is no run's and for such a network; FileNotFoundError where there are no
+    weights, and TrainingError for weights that do not fit.
     """
     run = Path(run)
-    recipe = Recipe.from_json(run / "config.json")
+    recipe, described = read_run(run)
     if ":" in recipe.model and not recipe.model.startswith(("timm:", "torchvision:")) and model != recipe.model:
         raise ValueError(f"{run} would import and call {recipe.model}: name it as the model too, if you trust it")
     if model not in (None, recipe.model):
         raise ValueError(f"model is {model}, but {run} is a run of {recipe.model}")
-    known = datasets.load(recipe.data)
-    tested = known if data is None else datasets.load(data)
-    if tested.classes != known.classes or (tested.names and known.names and tested.names != known.names):
-        raise ValueError(f"{data} has other classes than {recipe.data}, which the network knows")
-    network = build(recipe, known)
+    network = build(recipe, described)
     if recipe.convert:
         Plan.from_json((run / PLAN).read_text(encoding="utf-8")).apply(network)
     if weights is None:
@@ -107,16 +106,41 @@ def evaluate_run(
         weights = next((path for path in found if path.exists()), None)
         if weights is None:
             raise FileNotFoundError(f"{run} holds no model.safetensors: its training has not ended (name `weights`)")
-    dtype = torch.float64 if recipe.precision == "double" else torch.float32
-    network.to(dtype)
+    network.to(torch.float64 if recipe.precision == "double" else torch.float32)
     load_weights(network, weights)
+    return network.eval()
+
+
+def read_run(run: Path) -> tuple[Recipe, Description]:
+    """What a run's folder says of itself. Raises ValueError where it does not."""
+    recipe = Recipe.from_json(run / "config.json")
+    try:
+        known = json.loads((run / DATA).read_text(encoding="utf-8"))
+        return recipe, Description(known["classes"], *(tuple(known[name]) for name in ("mean", "std", "names")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} has no {DATA} of a run ({error})") from error
+
+
+def evaluate_run(
+    run: str | Path, *, data: str | None = None, weights: str | Path | None = None, model: str | None = None
+) -> Accuracy:
+    """Test the network of a run's folder on the run's data, or on `data`; `weights` and `model` as for `load_run`.
+
+    Raises what `load_run` does, and ValueError for data with other classes.
+    """
+    run = Path(run)
+    recipe, known = read_run(run)
+    network = load_run(run, weights=weights, model=model)
+    tested = datasets.load(data or recipe.data)
+    if tested.classes != known.classes or (tested.names and known.names and tested.names != known.names):
+        raise ValueError(f"{data or recipe.data} has other classes than the network was trained on")
     with accelerated(replace(recipe, log=()), run) as accelerator:
         order = testing_order(recipe, tested, accelerator.num_processes)
         size, channels = sizes(recipe, network)[1], model_channels(network, known)
         examples = Examples(tested.test, testing_transform(tested, size, channels), recipe.seed, training=False)
         parts = Parts(order, accelerator.process_index, accelerator.num_processes)
         batches = loader(examples, parts, workers=recipe.workers, pin=False)
-        normalized = Normalization(known, channels, dtype)
+        normalized = Normalization(known, channels, next(network.parameters()).dtype)
         accuracy, unreadable = evaluate(network.to(accelerator.device), batches, accelerator, normalized)
     for name in dict.fromkeys(unreadable):
         warnings.warn(f"cannot read {name}", stacklevel=2)

@@ -35,8 +35,8 @@ class Table:
         kept = []
         if self.path.exists():
             rows = csv.DictReader(self.path.read_text().splitlines())
-            if rows.fieldnames and "step" not in rows.fieldnames:
-                raise TrainingError(f"{self.path} is no file of a training: choose another folder")
+            if rows.fieldnames and tuple(rows.fieldnames) != self.columns:
+                raise TrainingError(f"{self.path} is no file of a training, or of another one: choose another place")
             for row in rows:
                 whole = None not in row.values()
                 if whole and (int(row["step"]) < step or (int(row["step"]) == step and including(row))):

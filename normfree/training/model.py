@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from normfree.errors import TrainingError
 from normfree.signal.inputs import input_shape
 from normfree.sources import model_factory
-from normfree.training.data import Data
+from normfree.training.data import Description
 from normfree.training.recipe import Recipe
 
 # How each source calls what a recipe says; None: the source has no such argument.
@@ -23,7 +24,7 @@ _NAMES: dict[str, dict[str, str | None]] = {
 _RATES = ("stochastic_depth_rate", "drop_rate")
 
 
-def build(recipe: Recipe, data: Data) -> nn.Module:
+def build(recipe: Recipe, data: Description) -> nn.Module:
     """A new network with a classifier for the data's classes.
 
     A function of the user's (package.module:factory) gets what its signature names. Raises ValueError for a model or an
@@ -59,7 +60,8 @@ def build(recipe: Recipe, data: Data) -> nn.Module:
                 raise
             return factory(**{name: value for name, value in arguments.items() if name not in zero})
     except TypeError as error:
-        raise ValueError(f"{recipe.model} cannot be built: {error}") from error
+        given = f" (model_args, all of them the recipe's unless given anew: {' '.join(recipe.model_args)})"
+        raise ValueError(f"{recipe.model} cannot be built: {error}{given if recipe.model_args else ''}") from error
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -69,12 +71,34 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     from safetensors.torch import load_model
 
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
     try:
         load_model(model, str(path))
     except Exception as error:  # safetensors has an error of its own
         raise TrainingError(f"{path} does not fit {type(model).__name__}: {error}") from error
+
+
+def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int) -> None:
+    """Run the model on images for training, and on their likes for testing, and leave it as it was.
+
+    Raises TrainingError where it fails or gives no logits.
+    """
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = model.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for mode, size in (("training", images.shape[-1]), ("testing", test_size)):
+            model.train(mode == "training")
+            try:
+                logits = model(images.new_zeros(*images.shape[:2], size, size))
+            except Exception as error:  # a user's model may raise anything
+                raise TrainingError(f"{name} does not run on {mode} images of {size} pixels: {error}") from error
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                given = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                raise TrainingError(f"{name} gives {given} in {mode}, not logits (images, classes)")
+    for buffer, value in before:
+        buffer.copy_(value)
+    model.train(training)
 
 
 def sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
@@ -85,7 +109,7 @@ def sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
     return train, recipe.test_size or (int(test[-1]) if test else train)
 
 
-def model_channels(model: nn.Module, data: Data) -> int:
+def model_channels(model: nn.Module, data: Description) -> int:
     """Channels of the images that the model takes: those of its first convolution, else the data's."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return data.channels if first is None else first.in_channels

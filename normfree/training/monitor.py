@@ -1,5 +1,6 @@
 """The signal of a network while it trains, in anybody's loop."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +27,16 @@ class SignalMonitor:
         monitor.draw("signal.png")
 
     Every `every`-th forward pass in training mode, from the first on, is watched from outside; the others are not
-    touched. Branches are measured as they are, gradients as the loss gives them.
+    touched. Branches are measured as they are, gradients as the loss gives them. Where several forward passes make a
+    step, the loop says so by setting `step` before each; of those of a step the first is watched. What is copied or
+    saved of the model meanwhile is not watched.
 
-    path   a .csv file that grows by a row for each measured step and join
+    path   a .csv file that grows by a row for each measured step and join; rows of `step` and later are written anew
     log    a function of a mapping of names to numbers and of the step, such as a tracker's
+    step   how many steps were taken before, by a training that goes on
 
-    Raises ValueError for `every` below 1, and for a compiled model (give the eager one that it was made from).
+    Raises ValueError for `every` below 1, and for a compiled model (give the eager one that it was made from), and
+    TrainingError where it is entered and `path` is another file or cannot be written.
     """
 
     def __init__(
@@ -41,62 +46,80 @@ class SignalMonitor:
         every: int = 100,
         path: str | Path | None = None,
         log: Callable[[Mapping[str, float], int], None] | None = None,
+        step: int = 0,
     ) -> None:
         if every < 1:
             raise ValueError(f"every is {every}; it must be at least 1")
         if hasattr(model, "_orig_mod"):
             raise ValueError("the model is compiled: give the eager one that it was made from")
-        self.model = model
+        self.model: nn.Module | None = model
         self.every = every
         self.log = log
-        self.step = 0  # forward passes in training mode so far; a loop may set it before each of its steps
+        self.step = step
         self.loss_scale = 1.0  # what the loop multiplies its loss by, as mixed precision does
         self.rows: list[dict[str, Any]] = []
         self.table = None if path is None else Table(Path(path), COLUMNS)
         self._reader: Reader | None = None
         self._measured = -1
         self._scale = 1.0
+        self._recording: contextlib.AbstractContextManager[None] | None = None
+        self._hooks = contextlib.ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model takes a copy of its hooks along: they watch nothing."""
+        return {"model": None}
 
     def __enter__(self) -> "SignalMonitor":
+        assert self.model is not None
         if self.table is not None:
             self.rows = [_parsed(row) for row in self.table.cut_back(self.step - 1)]
-        own = self.model.__dict__.get("forward")  # that of a wrapper such as accelerate's
-        inner = self.model.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not (self.model.training and torch.is_grad_enabled()):
-                return inner(*args, **kwargs)
-            self.collect()
-            step, self.step = self.step, self.step + 1
-            if step % self.every or step == self._measured:
-                return inner(*args, **kwargs)
-            self._measured, self._scale = step, self.loss_scale
-            tape = Tape()
-            reader = Reader(self.model, tape)
-            out = tape.record(
-                self.model, lambda: inner(*args, **kwargs), tensors((args, kwargs)), on_gradient=reader.keep_gradient
-            )
-            reader.read()
-            self._reader = reader
-            return out
-
-        self._own = own
-        self.model.forward = forward
+        self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        end = self.model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
+        self._hooks.callback(end.remove)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._own is None:
-            del self.model.forward
-        else:
-            self.model.forward = self._own
+        self._hooks.close()
+        self._stop(whole=False)  # of a forward pass that was interrupted
         self.collect()
         if self.table is not None:
             self.table.close()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is not self.model or not (module.training and torch.is_grad_enabled()):
+            return
+        step, self.step = self.step, self.step + 1
+        due = step % self.every == 0 and step != self._measured
+        if self._reader is not None and (due or self._reader.gradients):
+            self.collect()
+        if due:
+            self._measured, self._scale = step, self.loss_scale
+            tape = Tape()
+            self._reader = reader = Reader(module, tape)
+            self._recording = tape.recording(module, tensors((args, kwargs)), on_gradient=reader.keep_gradient)
+            self._recording.__enter__()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if module is self.model:
+            self._stop(whole=out is not None)  # None: the forward raised
+
+    def _stop(self, *, whole: bool) -> None:
+        if self._recording is None:
+            return
+        self._recording.__exit__(None, None, None)
+        self._recording = None
+        assert self._reader is not None
+        if whole:
+            self._reader.read()
+        else:
+            self._reader = None
+
     def collect(self) -> None:
-        """Take in the last measured step, whose backward pass is over; called by itself before the next forward."""
+        """Take in the last measured step; called by itself at the first forward pass after its backward pass."""
         if self._reader is None:
             return
         records = self._reader.records()

@@ -1,6 +1,7 @@
 """What a training is: every choice in one frozen dataclass, and the paper's choices by name."""
 
 import dataclasses
+import functools
 import json
 import numbers
 import types
@@ -62,7 +63,7 @@ class Recipe:
     max_unreadable: int = 100  # images that cannot be read before the training stops
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Recipe).items():
+        for name, hint in _hints().items():
             if not _is_of(getattr(self, name), hint):
                 kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.Literal", "one of ")
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {kind}")
@@ -122,6 +123,11 @@ UNBOUND = (
     "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
     "on_nonfinite", "max_unreadable",
 )  # fmt: skip
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Recipe)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

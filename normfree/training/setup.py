@@ -12,7 +12,16 @@ from normfree.convert import Plan, convert
 from normfree.training.batches import Examples, Order, Parts, collate, loader
 from normfree.training.data import Data, Fewer
 from normfree.training.mixing import Mixing
-from normfree.training.model import build, classifiers, load_weights, model_channels, sizes, values, weight_decay
+from normfree.training.model import (
+    build,
+    check_runs,
+    classifiers,
+    load_weights,
+    model_channels,
+    sizes,
+    values,
+    weight_decay,
+)
 from normfree.training.recipe import Recipe
 from normfree.training.sharding import configure
 from normfree.training.transforms import Normalization, testing_transform, training_transform
@@ -48,6 +57,9 @@ class Setup:
         recipe, accelerator = self.recipe, self.accelerator
         train_size, test_size = sizes(recipe, self.model)
         channels = model_channels(self.model, self.data)
+        check_runs(
+            self.model, recipe.model, torch.zeros(2, channels, train_size, train_size, dtype=self.dtype), test_size
+        )
         self.normalized = Normalization(self.data, channels, self.dtype)
         self.parts = Parts(self.order, accelerator.process_index, accelerator.num_processes)
         test_order = testing_order(recipe, self.data, accelerator.num_processes)

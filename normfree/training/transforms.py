@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.training.data import Data
+from normfree.training.data import Description
 from normfree.training.recipe import Recipe
 
 
-def training_transform(recipe: Recipe, data: Data, size: int, channels: int) -> Callable[[Any], Tensor]:
+def training_transform(recipe: Recipe, data: Description, size: int, channels: int) -> Callable[[Any], Tensor]:
     """Random crops and what else the recipe asks for (timm's), (channels, size, size), uint8."""
     from timm.data import create_transform
 
@@ -26,7 +26,7 @@ def training_transform(recipe: Recipe, data: Data, size: int, channels: int) -> 
     return _converted(transform, channels)
 
 
-def testing_transform(data: Data, size: int, channels: int) -> Callable[[Any], Tensor]:
+def testing_transform(data: Description, size: int, channels: int) -> Callable[[Any], Tensor]:
     """The middle of the image, as the authors cut it (32 pixels off the resized image); small images whole; uint8."""
     from timm.data import create_transform
 
@@ -40,7 +40,7 @@ def testing_transform(data: Data, size: int, channels: int) -> Callable[[Any], T
 class Normalization:
     """(N, C, H, W) pixels, 0 to 255 -> numbers of `dtype` with the data's mean 0 and standard deviation 1."""
 
-    def __init__(self, data: Data, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, data: Description, channels: int, dtype: torch.dtype) -> None:
         mean, std = _statistics(data, channels)
         self.mean, self.std = (torch.tensor(values, dtype=dtype)[:, None, None] for values in (mean, std))
 
@@ -50,12 +50,12 @@ class Normalization:
         return pixels.to(device, mean.dtype, non_blocking=True).div(255).sub_(mean).div_(std)
 
 
-def _common(data: Data, channels: int) -> dict[str, Any]:
+def _common(data: Description, channels: int) -> dict[str, Any]:
     mean, std = _statistics(data, channels)
     return {"interpolation": "bicubic", "color_jitter": None, "mean": mean, "std": std, "normalize": False}
 
 
-def _statistics(data: Data, channels: int) -> tuple[tuple[float, ...], ...]:
+def _statistics(data: Description, channels: int) -> tuple[tuple[float, ...], ...]:
     """Mean and standard deviation of the data, of as many channels as the model takes."""
     if data.channels == channels:
         return data.mean, data.std

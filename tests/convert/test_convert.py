@@ -217,6 +217,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     assert torch.allclose(folded, expected, atol=1e-4)
     with pytest.raises(ValueError, match="is no conversion of a ResNet"):
         load_converted(build("torchvision:resnet18"), path)
+    other = timm.create_model("resnetv2_50", num_classes=5)
+    with pytest.raises(ValueError, match=r"head\.fc\.weight is \(10, .* there and \(5, .* here"):
+        load_converted(other, path)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in other.modules())
     with pytest.raises(ValueError, match=r"suffix must be \.safetensors"):
         conversion.save(tmp_path / "free.pt")
     (tmp_path / "other.safetensors").write_bytes(b"nothing")

@@ -130,14 +130,27 @@ def test_some_columns_only(tmp_path, monkeypatch):
 def test_asked_to_stop_while_a_training_ends_it_begins_no_other(tmp_path, monkeypatch):
     done = over(90.0, asked=True)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
-    found = run(study("batch-size", "digits", "toy"), tmp_path, seeds=2)
+    said = []
+    found = run(study("batch-size", "digits", "toy"), tmp_path, seeds=2, said=said.append)
     assert [len(entry.trainings) for entry in found] == [1, 0, 0, 0]
+    assert said[-1] == "interrupted: the same command goes on"
 
 
 def test_a_foreign_file_is_no_ledger(tmp_path):
     (tmp_path / "trainings.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"trainings\.csv holds no trainings of a study"):
         entries(study("depth", "digits", "toy"), tmp_path, 1)
+
+
+def test_a_last_line_that_was_cut_off_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda *_, **__: over(90.0))
+    one, path = study("batch-size", "digits", "toy"), tmp_path / "trainings.csv"
+    run(one, tmp_path, seeds=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12])
+    assert len(Ledger(path).read()) == whole.count(b"\n") - 2
+    run(one, tmp_path, seeds=2)
+    assert path.read_bytes() == whole
 
 
 def test_ablations_leave_out_what_they_name():

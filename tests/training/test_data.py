@@ -93,6 +93,11 @@ def test_folders_of_classes_are_timm_s(tmp_path):
     shutil.rmtree(tmp_path / "val" / "cat")  # a class without test images moves no other's number
     only_dogs = load(f"imagefolder:{tmp_path}").test
     assert {only_dogs[i][1] for i in range(len(only_dogs))} == {1}
+    (tmp_path / "val" / "dgo").mkdir()
+    picture(9).save(tmp_path / "val" / "dgo" / "9.png")
+    with pytest.raises(ValueError, match=r"classes that .*train does not have: dgo"):
+        load(f"imagefolder:{tmp_path}")
+    shutil.rmtree(tmp_path / "val" / "dgo")
     (tmp_path / "val").rename(tmp_path / "test")
     assert len(load(f"imagefolder:{tmp_path}").test) == 2
     shutil.rmtree(tmp_path / "test")

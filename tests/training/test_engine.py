@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from normfree.errors import TrainingError
-from normfree.training import RECIPES, engine, evaluate_run, train
+from normfree.sources import model_factory
+from normfree.training import RECIPES, engine, evaluate_run, load_run, train
 from normfree.training.data import Arrays, load
 from normfree.training.faults import locate
 from normfree.training.model import build, classifiers
@@ -58,7 +59,8 @@ def test_digits_are_learned_and_a_run_is_a_folder(tmp_path):
     assert result.accuracy.examples == 359
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "config.json", "metrics.csv", "signal.csv", "checkpoints", "model.safetensors", "curves.png", "signal.png"
+        "config.json", "data.json", "metrics.csv", "signal.csv", "checkpoints", "model.safetensors", "curves.png",
+        "signal.png",
     }  # fmt: skip
     assert len(list((out / "checkpoints").iterdir())) == 2
     logged = rows(out)
@@ -419,3 +421,44 @@ def test_evaluation_on_other_data(tmp_path):
     files, arrays = (evaluate_run(tmp_path / "run", data=d) for d in (f"imagefolder:{tmp_path / 'folder'}", None))
     assert files.examples == arrays.examples
     assert files.loss == pytest.approx(arrays.loss, rel=1e-3)
+
+
+def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = load("digits")
+    for part, images in (("train", digits.train), ("val", digits.test)):
+        for i in range(60):
+            image, label = images[i]
+            folder = tmp_path / "photographs" / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    recipe = dataclasses.replace(TINY, data="imagefolder:photographs", ema=0.5, batch=30)
+    result = train(recipe, tmp_path / "run", quiet=True)
+    (tmp_path / "photographs").rename(tmp_path / "moved")
+    assert evaluate_run("run", data="imagefolder:moved") == result.accuracy
+    with pytest.raises(FileNotFoundError, match="no folder photographs"):
+        evaluate_run("run")
+    network, expected = load_run("run"), load_file(tmp_path / "run" / "model_ema.safetensors")
+    assert not network.training
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    images = torch.ones(1, 3, 32, 32)
+    assert torch.equal(model_factory("run")()(images), network(images))
+    (tmp_path / "run" / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no data\.json of a run"):
+        load_run("run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "timm:vit_tiny_patch16_224"}, "does not run on training images of 32 pixels"),
+        ({"model": "torchvision:vgg11", "image_size": 64, "test_size": 16}, "does not run on testing images of 16"),
+        ({"model": "timm:resnet18", "model_args": ("width=0.25",)}, "model_args, all of them the recipe's"),
+        ({"model": "torchvision:googlenet"}, "gives a GoogLeNetOutputs in training, not logits"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_found_before_anything_is_written(changes, message, tmp_path):
+    recipe = dataclasses.replace(TINY, **{"model_args": (), "stochastic_depth_rate": 0.0} | changes)
+    with pytest.raises((TrainingError, ValueError), match=message):
+        train(recipe, tmp_path / "run", quiet=True)
+    assert train(dataclasses.replace(TINY, batch=720), tmp_path / "run", quiet=True).finished

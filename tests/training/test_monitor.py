@@ -1,13 +1,16 @@
 """The signal of live training batches."""
 
+import copy
 import csv
 import time
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from normfree import characterize, create_model
+from normfree import characterize, create_model, fold
+from normfree.errors import TrainingError
 from normfree.training import SignalMonitor
 
 
@@ -70,7 +73,8 @@ def test_training_is_the_same_and_the_model_comes_back():
         else:
             for _ in range(3):
                 step(model, x, optimizer)
-        assert "forward" not in model.__dict__
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
         results.append([p.detach().clone() for p in model.parameters()])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
@@ -95,8 +99,85 @@ def test_it_is_detached_after_an_error():
     model = network()
     with pytest.raises(RuntimeError, match="channels"), SignalMonitor(model):
         model(torch.randn(2, 5, 64, 64))
-    assert "forward" not in model.__dict__
+    assert not model._forward_hooks
     step(model, torch.randn(2, 3, 64, 64))
+
+
+def test_an_interrupted_forward_pass_leaves_nothing_behind():
+    model, x = network(), torch.randn(2, 3, 64, 64)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monitor = SignalMonitor(model)
+    with model.stages[1][0].register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt), monitor:
+        model(x)
+    assert monitor.rows == []
+    assert _len_torch_dispatch_stack() == 0
+    step(model, x)
+
+
+def test_copies_made_meanwhile_are_networks_of_their_own(tmp_path):
+    """Averaged weights, the best so far, a saved or a folded model."""
+    model, x = network(), torch.randn(2, 3, 64, 64)
+    with SignalMonitor(model, path=tmp_path / "signal.csv") as monitor:
+        step(model, x)
+        expected = model.eval()(x)
+        torch.save(model, tmp_path / "model.pt")
+        saved = torch.load(tmp_path / "model.pt", weights_only=False)
+        copies = [copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model), saved, fold(model)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        for other in copies:
+            assert torch.allclose(other(x), expected, atol=1e-4)
+        copies[0].train()(x)
+    assert monitor.step == 1
+
+
+def test_a_pass_is_over_when_its_gradients_have_come():
+    """Two views of each image: two forward passes, one backward pass."""
+    model, x = network(), torch.randn(4, 3, 64, 64)
+    with SignalMonitor(model, every=4) as monitor:
+        for _ in range(3):
+            (model(x) + model(x + 1)).square().sum().backward()
+    assert {row["step"] for row in monitor.rows} == {0, 4}
+    assert all(row["gradient_variance"] > 0 for row in monitor.rows)
+
+
+def test_a_training_that_goes_on_keeps_what_was_measured(tmp_path):
+    model, x = network(), torch.randn(2, 3, 64, 64)
+    path = tmp_path / "signal.csv"
+    for start in (0, 2):
+        with SignalMonitor(model, every=1, path=path, step=start) as monitor:
+            for _ in range(3):
+                step(model, x)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["step"] for row in rows if row["depth"] == "0"] == ["0", "1", "2", "3", "4"]
+    assert len(monitor.rows) == len(rows)
+    path.write_text("step,loss\n1,2.0\n")
+    with pytest.raises(TrainingError, match="another place"), SignalMonitor(model, path=path):
+        pass
+    assert path.read_text() == "step,loss\n1,2.0\n"
+
+
+def test_the_network_that_a_compiled_one_was_made_from_is_watched():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.layer(x).relu()
+
+    model, x = Residual(), torch.randn(8, 4)
+    compiled = torch.compile(model, backend="eager")
+    with SignalMonitor(model, every=2) as monitor:
+        for _ in range(3):
+            step(compiled, x)
+    assert [row["step"] for row in monitor.rows] == [0, 2]
+    assert monitor.rows[0]["variance"] == pytest.approx(model(x).var(0, correction=0).mean().item(), rel=1e-5)
+    assert monitor.rows[0]["gradient_variance"] > 0
 
 
 def test_pictures_and_trackers(tmp_path):
