@@ -19,12 +19,12 @@ def model_factory(name: str) -> Callable[[], nn.Module]:
 
     `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory
     is called without arguments and the current folder is searched too; or, with its parameters, a folder written by
-    `save_pretrained` or by a training, or "hub:USER/NAME".
+    `save_pretrained`, or "hub:USER/NAME".
 
     Raises ValueError for a name that is not known, with near misses; ImportError where a module cannot be imported.
     """
     if name not in list_models() and Path(name).is_dir():
-        return functools.partial(_from_run if (Path(name) / "data.json").exists() else from_pretrained, name)
+        return functools.partial(from_pretrained, name)
     source, colon, rest = name.partition(":")
     if not colon:
         if name not in list_models():
@@ -40,12 +40,6 @@ def model_factory(name: str) -> Callable[[], nn.Module]:
     if source == "torchvision":
         return _from_torchvision(rest)
     return _from_module(source, rest)
-
-
-def _from_run(folder: str) -> nn.Module:
-    from normfree.training import load_run  # which builds its models by this module
-
-    return load_run(folder)
 
 
 def _from_timm(name: str) -> Callable[[], nn.Module]:

@@ -9,13 +9,13 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from normfree.cli.networks import network_factory
 from normfree.cli.output import announce, check_writable
 from normfree.convert import convert as convert_model
 from normfree.images import batch_function
 from normfree.signal import compare
 from normfree.signal.charts import SUFFIXES
 from normfree.signal.inputs import input_shape, noise
-from normfree.sources import model_factory
 
 
 def convert(
@@ -52,7 +52,7 @@ def convert(
     if report is not None:
         check_writable(report, SUFFIXES)
     torch.manual_seed(seed)
-    network = model_factory(model)()
+    network = network_factory(model)()
     image_size = None if size is None else (size, size)
     draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=image_size)
     if input != "noise":

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import tyro
 
+from normfree.cli.networks import network_factory
 from normfree.cli.output import announce, check_writable
 from normfree.export import Format
 from normfree.export import export as export_model
-from normfree.sources import model_factory
 
 
 def export(
@@ -19,14 +19,14 @@ def export(
     The file is run and compared with the network at two batch sizes and two image sizes.
 
     Args:
-        model: A folder written by save_pretrained, hub:USER/NAME, or a name with new parameters: nf_resnet50,
-            timm:NAME, torchvision:NAME, package.module:factory.
+        model: The folder of a run or one written by save_pretrained, hub:USER/NAME, or a name with new parameters:
+            nf_resnet50, timm:NAME, torchvision:NAME, package.module:factory.
         to: Format of the file.
         out: File to write, by default MODEL.onnx or MODEL.pt2 in the current folder.
         size: Image size in pixels of the example that the program is made from.
     """
     path = out or Path(f"{Path(model).name.replace(':', '_').replace('/', '_')}.{to}")
     check_writable(path, [f".{to}"])
-    result = export_model(model_factory(model)(), path, to=to, size=size)
+    result = export_model(network_factory(model)(), path, to=to, size=size)
     print(f"largest difference {result.difference:.2g}, of outputs up to {result.largest:.3g}")
     announce([result.path])

@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from torch import Tensor, nn
 
+from normfree.cli.networks import network_factory
 from normfree.cli.output import announce, check_writable, progress
 from normfree.images import batch_function
 from normfree.signal import SignalReport, characterize
 from normfree.signal.charts import SUFFIXES, compare
 from normfree.signal.inputs import input_shape, noise
-from normfree.sources import model_factory
 
 
 def spp(
@@ -46,7 +46,7 @@ def spp(
     if len(size) > 2:
         raise ValueError(f"size is {size}; give height and width, or one number for both")
     image_size = (size[0], size[-1]) if size else None
-    factories = [(name, model_factory(name)) for name in models]
+    factories = [(name, network_factory(name)) for name in models]
     draw: Callable[[nn.Module], Tensor] = functools.partial(noise, batch=batch, size=image_size)
     if input != "noise":
         draw = batch_function(input, batch, functools.partial(input_shape, size=image_size))

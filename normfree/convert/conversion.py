@@ -265,7 +265,8 @@ def _run(model: nn.Module, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, 
     copies = map_tensors(lambda t: t.clone(), (args, kwargs))
     with measuring(model, batch_stats=True), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            tape.record(model, lambda: model(*copies[0], **copies[1]), tensors(copies))
+            with tape.record(model, tensors(copies)):
+                model(*copies[0], **copies[1])
         except SignalError:
             raise
         except Exception as error:

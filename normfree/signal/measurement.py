@@ -147,9 +147,9 @@ class _Measurement:
         copies: dict[int, Tensor] = {}
         args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), t.clone()), (self.args, self.kwargs))
         if not self.backward:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                call = lambda: self.model(*args, **kwargs)  # noqa: E731
-                tape.record(self.model, call, tensors((args, kwargs)), reduce_weight_layers=weight_layers)
+            recording = tape.record(self.model, tensors((args, kwargs)), reduce_weight_layers=weight_layers)
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), recording:
+                self.model(*args, **kwargs)
             return
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             leaves = [t.detach_().requires_grad_() for t in copies.values() if t.is_floating_point()]
@@ -157,13 +157,9 @@ class _Measurement:
             # Copies again: a leaf that needs a gradient cannot be written into.
             again = {id(t): t.clone() for t in copies.values()}
             args, kwargs = map_tensors(lambda t: again[id(t)], (args, kwargs))
-            out = tape.record(
-                self.model,
-                lambda: self.model(*args, **kwargs),
-                tensors((args, kwargs)),
-                reduce_weight_layers=weight_layers,
-                on_gradient=reader.keep_gradient,
-            )
+            starts = tensors((args, kwargs))
+            with tape.record(self.model, starts, reduce_weight_layers=weight_layers, on_gradient=reader.keep_gradient):
+                out = self.model(*args, **kwargs)
             ends = [t for t in tensors(out) if t.is_floating_point() and t.requires_grad]
             if not ends:
                 raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")

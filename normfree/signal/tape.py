@@ -66,13 +66,8 @@ class Tape:
     nodes: list[Node] = field(default_factory=list)
     last_module: str = ""
 
-    def record(self, model: nn.Module, call: Callable[[], Any], inputs: Iterable[Tensor], **how: Any) -> Any:
-        """Run `call` and return its result, under `recording`."""
-        with self.recording(model, inputs, **how):
-            return call()
-
     @contextlib.contextmanager
-    def recording(
+    def record(
         self,
         model: nn.Module,
         inputs: Iterable[Tensor],

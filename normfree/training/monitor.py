@@ -99,7 +99,7 @@ class SignalMonitor:
             self._measured, self._scale = step, self.loss_scale
             tape = Tape()
             self._reader = reader = Reader(module, tape)
-            self._recording = tape.recording(module, tensors((args, kwargs)), on_gradient=reader.keep_gradient)
+            self._recording = tape.record(module, tensors((args, kwargs)), on_gradient=reader.keep_gradient)
             self._recording.__enter__()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

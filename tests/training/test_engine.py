@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from normfree.cli.networks import network_factory
 from normfree.errors import TrainingError
-from normfree.sources import model_factory
 from normfree.training import RECIPES, engine, evaluate_run, load_run, train
 from normfree.training.data import Arrays, load
 from normfree.training.faults import locate
@@ -442,7 +442,7 @@ def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
     assert not network.training
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
     images = torch.ones(1, 3, 32, 32)
-    assert torch.equal(model_factory("run")()(images), network(images))
+    assert torch.equal(network_factory("run")()(images), network(images))
     (tmp_path / "run" / "data.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no data\.json of a run"):
         load_run("run")
