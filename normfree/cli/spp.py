@@ -30,7 +30,7 @@ def spp(
     """Signal propagation: channel mean and variance at every residual block, at initialisation.
 
     Args:
-        models: nf_resnet50 (ours), timm:NAME, torchvision:NAME, or package.module:factory.
+        models: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory, or the folder of a run.
         input: White noise, crops of two real photographs, or images of a folder.
         batch: Number of examples.
         size: Height and width, or one number for both; the model's own if not given.
