@@ -30,9 +30,10 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -
     number of channels is the model's first convolution's. The model is not changed. ONNX needs
     `pip install 'normfree[export]'`.
 
-    Raises ValueError for another format, for a model without convolutions and for a file whose outputs differ by more
-    than 1e-4 (of the largest output, if that is above 1), ImportError where a package is missing,
-    and what `torch.export` raises for a model that it cannot take.
+    Raises ValueError for another format, for a model without convolutions, for a file whose outputs differ by more than
+    1e-4 (of the largest output, if that is above 1) and for one that takes no other image size, as where the example
+    is so small that a stage has one position; ImportError where a package is missing, and what `torch.export` raises
+    for a model that it cannot take.
     """
     if to not in ("onnx", "pt2"):
         raise ValueError(f"to is {to!r}; it must be 'onnx' or 'pt2'")
@@ -80,7 +81,15 @@ def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
     height, width = x.shape[-2:]
     for images in (x, x.new_empty(3, x.shape[1], height + 33, width + 18).normal_()):
         expected = model(images)
-        distance = (run(images).to(expected.device) - expected).abs().max().item()
+        try:
+            outputs = run(images)
+        except (AssertionError, RuntimeError) as error:  # a guard of the program
+            shape = "x".join(map(str, images.shape[-2:]))
+            raise ValueError(
+                f"{path} is written, but takes no images of {shape}: made from an example of {height} pixels, in which "
+                f"a stage may have a single position, which then counts as constant; take a larger size ({error})"
+            ) from error
+        distance = (outputs.to(expected.device) - expected).abs().max().item()
         difference = distance if math.isnan(distance) else max(difference, distance)
         largest = max(largest, expected.abs().max().item())
     if not difference <= 1e-4 * max(1.0, largest):  # nor NaN

@@ -56,5 +56,7 @@ def test_what_cannot_be_exported(tmp_path):
         export(model, tmp_path / "net.tflite", to="tflite")
     with pytest.raises(ValueError, match="size is 0"):
         export(model, tmp_path / "net.pt2", to="pt2", size=0)
+    with pytest.raises(ValueError, match="takes no images of 65x50: made from an example of 32 pixels"):
+        export(create_model("nf_resnet26", width=0.25), tmp_path / "net.pt2", to="pt2", size=32)
     with pytest.raises(ValueError, match="no 2-D convolution"):
         export(nn.Linear(2, 2), tmp_path / "net.pt2", to="pt2")
