@@ -83,7 +83,7 @@ def evaluate(
     """Test a trained network.
 
     Args:
-        run: Folder of a run.
+        run: Folder of a run, or of one of its checkpoints.
         data: Another data set than the run's, with the same classes.
         weights: Another .safetensors file than the run's averaged weights or, where there are none, its last.
         model: The run's model again, where that is a function of a package, which will be imported and called.

@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from normfree.errors import TrainingError
 from normfree.training.data import Images
+from normfree.training.instances import UNREADABLE
 
-# What a file that is no image, a truncated one, or one of a broken format raises in Pillow.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 _IN_A_ROW = 100
 
 
@@ -105,7 +103,7 @@ class Examples(Dataset[Example]):
             index = (first + step) % len(self.images)
             try:
                 return *self.images[index], unreadable
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 unreadable = unreadable or f"{self.images.name(index)} ({type(error).__name__})"
         raise TrainingError(f"none of {step + 1} images in a row can be read, the first is {unreadable}")
 
@@ -204,6 +202,27 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+class Loader(DataLoader[Example]):
+    """A DataLoader that says what a worker could not do as the worker said it.
+
+    It is closed when it is done with: its workers ignore signals, and Python would wait for them forever at its end.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except TrainingError as error:
+            last = str(error).splitlines()[-1]  # of a worker's traceback
+            raise TrainingError(last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")) from None
+
+    def close(self) -> None:
+        """End its workers."""
+        working: Any = self._iterator
+        if working is not None:
+            working._shutdown_workers()
+            self._iterator = None
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """A signal to the whole group of processes must not take the loading away from the last steps."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -217,9 +236,9 @@ def loader(
     workers: int,
     pin: bool,
     collate: Callable[[Sequence[Example]], Batch] = collate,
-) -> Any:
+) -> Loader:
     """Loads the parts. Its workers live as long as it does, and it draws nothing from torch's global random state."""
-    return DataLoader(
+    return Loader(
         examples, batch_sampler=parts, num_workers=workers, collate_fn=collate, pin_memory=pin,
         persistent_workers=workers > 0, worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator().manual_seed(0),

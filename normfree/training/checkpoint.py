@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from normfree.errors import TrainingError
+from normfree.training.files import sync
 from normfree.training.sharding import load_whole
 
-_MANIFEST, _POSITION, _EMA = "manifest.json", "position.json", "ema.safetensors"
+_MANIFEST, _POSITION, _AVERAGED = "manifest.json", "position.json", "model_ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class Position:
     step: int = 0  # optimizer steps done
     epoch: int = 0  # that the next step belongs to
     step_in_epoch: int = 0
-    examples: int = 0  # of the training set
     parts: int = 1  # that a step's batch is cut into, over all processes
     seconds: float = 0.0  # of training so far
     best: float = -1.0  # highest accuracy of an evaluation so far, in percent
@@ -41,10 +40,11 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, accelerator: Any, position: Position, ema: torch.nn.Module | None) -> Path:
-        """Write one, of every process's state, under another name until all of it is on the disk.
+    def save(self, accelerator: Any, position: Position, averaged: torch.nn.Module | None) -> Path:
+        """Write one, of every process's state and the averaged network.
 
-        Raises TrainingError where it cannot be written; those that were there stay.
+        It has another name until all of it is on the disk. Raises TrainingError where it cannot be written; those that
+        were there stay.
         """
         final = self.folder / f"step_{position.step:08d}"
         temporary = self.folder / f".writing_{position.step:08d}"
@@ -54,11 +54,11 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
             accelerator.wait_for_everyone()
             accelerator.save_state(str(temporary))
-            averaged = None if ema is None else accelerator.get_state_dict(ema)
+            weights = None if averaged is None else accelerator.get_state_dict(averaged)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                if averaged is not None:
-                    save_file({name: t.contiguous() for name, t in averaged.items()}, temporary / _EMA)
+                if weights is not None:
+                    save_file({name: t.contiguous() for name, t in weights.items()}, temporary / _AVERAGED)
                 (temporary / _POSITION).write_text(json.dumps(asdict(position), indent=2) + "\n")
                 _seal(temporary)
                 aside = self.folder / f".writing_{position.step:08d}_before"
@@ -66,7 +66,7 @@ class Checkpoints:
                     final.rename(aside)
                 temporary.rename(final)
                 shutil.rmtree(aside, ignore_errors=True)
-                _sync(self.folder)
+                sync(self.folder)
                 self._forget(position)
             accelerator.wait_for_everyone()
         except Exception as error:  # torch and safetensors have errors of their own for a full disk
@@ -115,8 +115,8 @@ def read_position(path: Path) -> Position:
         raise TrainingError(f"{path} is no checkpoint of normfree: {error}") from error
 
 
-def restore(path: Path, accelerator: Any, ema: torch.nn.Module | None) -> None:
-    """The state of model, optimizer, scaler and random numbers, and of the moving average.
+def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> None:
+    """The state of model, optimizer, scaler and random numbers, and of the averaged network.
 
     Tensors are read as safetensors or by torch's weights-only loader, the rest as JSON. Raises TrainingError where a
     file does not fit.
@@ -131,8 +131,8 @@ def restore(path: Path, accelerator: Any, ema: torch.nn.Module | None) -> None:
         )
     try:
         accelerator.load_state(str(path))
-        if ema is not None:
-            load_whole(ema, load_file(path / _EMA))
+        if averaged is not None:
+            load_whole(averaged, load_file(path / _AVERAGED))
     except Exception as error:
         raise TrainingError(f"{path} does not fit this training: {error}") from error
 
@@ -159,10 +159,10 @@ def _seal(folder: Path) -> None:
     files = {}
     for file in _files(folder):
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
-        _sync(file)
+        sync(file)
     (folder / _MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-    _sync(folder / _MANIFEST)
-    _sync(folder)
+    sync(folder / _MANIFEST)
+    sync(folder)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -172,13 +172,3 @@ def _files(folder: Path) -> Iterator[Path]:
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "blake2b").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no such thing
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

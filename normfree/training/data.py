@@ -244,13 +244,15 @@ def _image_folders(path: Path) -> tuple[OfTimm, OfTimm]:
     return train, _created("", str(path / test), "", class_map=train.classes)
 
 
-def _created(name: str, path: str, split: str, **arguments: Any) -> OfTimm:
-    """Raises ValueError where timm cannot, FileNotFoundError where nothing is there."""
+def _created(name: str, path: str, split: str, *others: str, **arguments: Any) -> OfTimm:
+    """Of the first split that there is. Raises ValueError where timm cannot, FileNotFoundError for an empty folder."""
     from timm.data import create_dataset
 
     try:
         return OfTimm(create_dataset(name, root=path or None, split=split, **arguments))
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if others:
+            return _created(name, path, *others, **arguments)
         raise ValueError(f"{name or 'imagefolder'} cannot be read from {path}: {error}") from error
 
 
@@ -264,7 +266,7 @@ def _of_timm(name: str, path: str) -> Data:
     if name == "imagefolder":
         train, test = _image_folders(Path(path))
     elif name.startswith(("torch/", "hfds/")) and name not in ("torch/folder", "torch/image_folder"):
-        train, test = (_created(name, path, split) for split in ("train", "validation"))
+        train, test = _created(name, path, "train"), _created(name, path, "validation", "test")
     else:
         known = ("digits", "fashion_mnist", "instances", "wds", "imagefolder")
         raise ValueError(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +13,17 @@ import torch
 from torch import nn
 
 from normfree.errors import NotFiniteError, TrainingError
+from normfree.training import folder
 from normfree.training.batches import Batch
 from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
 from normfree.training.data import Data, load
-from normfree.training.evaluation import DATA, PLAN, Accuracy, evaluate
+from normfree.training.evaluation import Accuracy, evaluate, too_many
 from normfree.training.faults import locate
+from normfree.training.files import replacing
 from normfree.training.interruption import Interruption
 from normfree.training.log import COLUMNS, Screen, Table
 from normfree.training.monitor import SignalMonitor
-from normfree.training.recipe import UNBOUND, Recipe
+from normfree.training.recipe import Recipe
 from normfree.training.setup import Setup, accelerated
 from normfree.training.sharding import finite
 from normfree.training.step import Outcome, Step
@@ -61,13 +62,13 @@ def train(
     """
     if resume not in ("never", "auto"):
         raise ValueError(f"resume is {resume!r}; it must be 'never' or 'auto'")
-    _check_folder(recipe, Path(out), resume)
+    folder.check_free(recipe, Path(out), resume)
     with accelerated(recipe, Path(out)) as accelerator:
         training = Training(recipe, Path(out), accelerator, quiet, data or load(recipe.data))
         try:
             return training.run(resume == "auto")
         finally:
-            training.metrics.close()
+            training.close()
 
 
 class Training:
@@ -82,47 +83,49 @@ class Training:
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep)
         self.metrics = Table(out / "metrics.csv", COLUMNS)
         self.start = time.perf_counter()  # less what was spent before an interruption
-        self.position = Position(examples=self.setup.order.examples, parts=self._cut)
+        self.position = Position(parts=self._cut)
         self.saved: Position | None = None
         self.accuracy: Accuracy | None = None
         self.screen = Screen(self.setup.total_steps, quiet or not accelerator.is_main_process)
         torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # of dropout and stochastic depth
+        folder.check_data(recipe.data, self.setup.data, out)
         accelerator.wait_for_everyone()  # until every process has found the folder in order
         if accelerator.is_main_process:
             self.checkpoints.clean()
-            _write(out / "config.json", recipe.to_json())
-            known = self.setup.data
-            described = {"classes": known.classes, "mean": known.mean, "std": known.std, "names": known.names}
-            _write(out / DATA, json.dumps(described, ensure_ascii=False) + "\n")
-            if self.setup.plan is not None:
-                _write(out / PLAN, self.setup.plan.to_json() + "\n")
+            folder.write(out, recipe, self.setup.data, self.setup.plan)
         accelerator.wait_for_everyone()
 
     # ---- the run
 
     def run(self, resume: bool) -> Result:
         """Train to the end or until interrupted."""
-        if resume:
-            self._resume()
-        if self.accelerator.is_main_process:
-            evaluated = self.position.step_in_epoch == 0
-            self.metrics.cut_back(self.position.step, including=lambda row: evaluated or row["kind"] == "train")
-        with Interruption() as interruption, self.screen as screen, self._monitor() as self.monitor:
-            screen.step(self.position.step)
-            self.setup.wrapped.train()
-            finished = self._epochs(interruption)
-            if not finished:
-                self._save()
-                screen.say(f"stopped after step {self.position.step}; the same command with --resume auto goes on")
-        if finished and self.accuracy is None:  # nothing was left to do
-            self.accuracy = self._test(self.setup.ema.module if self.setup.ema is not None else self.setup.model)
-        if finished:
-            self._finish()
-        self.accelerator.wait_for_everyone()
+        with Interruption() as interruption:
+            if resume:
+                self._resume()
+            if self.accelerator.is_main_process:
+                evaluated = self.position.step_in_epoch == 0
+                self.metrics.cut_back(self.position.step, including=lambda row: evaluated or row["kind"] == "train")
+            with self.screen as screen, self._monitor() as self.monitor:
+                screen.step(self.position.step)
+                self.setup.wrapped.train()
+                finished = self._epochs(interruption)
+                if not finished:
+                    self._save()
+                    screen.say(f"stopped after step {self.position.step}; the same command with --resume auto goes on")
+            if finished and self.accuracy is None:  # nothing was left to do
+                self.accuracy = self._test(self.setup.averaged or self.setup.model)
+            if finished:
+                self._finish()
+            self.accelerator.wait_for_everyone()
         return Result(
             self.out, self.position.step, finished, self.accuracy, self.position.best, interruption.asked,
             time.perf_counter() - self.start,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """End the processes that load images, and what is written by rows."""
+        self.setup.close()
+        self.metrics.close()
 
     @property
     def _cut(self) -> int:
@@ -140,17 +143,12 @@ class Training:
         for problem in problems:
             self.screen.say(f"{problem}: the one before it is taken")
         position = read_position(path)
-        if position.examples != self.setup.order.examples:
-            raise ValueError(
-                f"{self.recipe.data} has {self.setup.order.examples} training images, but had {position.examples} when "
-                f"{path} was written: the run cannot go on as it began"
-            )
         if self.recipe.cut != "shuffled" and position.step_in_epoch and position.parts != self._cut:
             raise ValueError(
                 f"{path} was written amid an epoch of batches in {position.parts} parts, not {self._cut}: with cut "
                 f"{self.recipe.cut} it cannot go on"
             )
-        restore(path, self.accelerator, self.setup.ema)
+        restore(path, self.accelerator, self.setup.averaged)
         self.position = self.saved = dataclasses.replace(position, parts=self._cut)
         self.start -= position.seconds
         self.screen.say(f"going on after step {position.step} ({path})")
@@ -246,10 +244,7 @@ class Training:
         self._advance(unreadable=(*self.position.unreadable, *new))
         known = self.position.unreadable
         if len(known) > self.recipe.max_unreadable:
-            raise TrainingError(
-                f"{len(known)} images cannot be read, more than max_unreadable={self.recipe.max_unreadable}: "
-                f"{', '.join(known[:5])}, …; {self.checkpoints.last_good()}"
-            )
+            raise TrainingError(f"{too_many(known, self.recipe.max_unreadable)}; {self.checkpoints.last_good()}")
 
     # ---- what processes tell each other
 
@@ -278,7 +273,7 @@ class Training:
         )  # fmt: skip
 
     def _evaluate(self) -> None:
-        for kind, model in (("eval", self.setup.model), ("eval_ema", self.setup.ema and self.setup.ema.module)):
+        for kind, model in (("eval", self.setup.model), ("eval_ema", self.setup.averaged)):
             if model is not None:
                 self.accuracy = self._test(model)
                 self._log(kind, self.position.step, loss=self.accuracy.loss, top1=self.accuracy.top1,
@@ -310,49 +305,20 @@ class Training:
                     f"{self.checkpoints.last_good()}"
                 )
         self._advance(seconds=time.perf_counter() - self.start)
-        self.checkpoints.save(self.accelerator, self.position, self.setup.ema)
+        self.checkpoints.save(self.accelerator, self.position, self.setup.averaged)
         self.saved = self.position
 
     def _finish(self) -> None:
         from normfree.training.curves import draw
 
-        for name, model in (("model", self.setup.model), ("model_ema", self.setup.ema and self.setup.ema.module)):
+        for name, model in (("model", self.setup.model), ("model_ema", self.setup.averaged)):
             if model is not None:
                 weights = self.accelerator.get_state_dict(model)  # by all processes
-                self.accelerator.save(weights, self.out / f"{name}.safetensors", safe_serialization=True)
+                if self.accelerator.is_main_process:
+                    with replacing(self.out / f"{name}.safetensors") as path:
+                        self.accelerator.save(weights, path, safe_serialization=True)
         if not self.accelerator.is_main_process:
             return
         draw([self.out], self.out / "curves.png")
         if self.monitor is not None and self.monitor.rows:
             self.monitor.draw(self.out / "signal.png")
-
-
-def _check_folder(recipe: Recipe, out: Path, resume: str) -> None:
-    path = out / "config.json"
-    if not path.exists():
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is no folder")
-        if list(out.glob("checkpoints/step_*")):
-            raise ValueError(f"{out} holds checkpoints, but no config.json that says of what: choose another folder")
-        return
-    if resume == "never":
-        raise ValueError(f"{out} holds a run already: choose another folder, or --resume auto to go on with it")
-    before = Recipe.from_json(path)
-    changed = [
-        f"{f.name} is {getattr(recipe, f.name)!r}, was {getattr(before, f.name)!r}"
-        for f in dataclasses.fields(Recipe)
-        if f.name not in UNBOUND and getattr(recipe, f.name) != getattr(before, f.name)
-    ]
-    if changed:
-        raise ValueError(f"{out} holds the run of another recipe ({'; '.join(changed)}): it cannot go on with this one")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or what was there before."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error}") from error

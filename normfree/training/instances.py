@@ -2,6 +2,7 @@
 
 import functools
 import io
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ import numpy as np
 from PIL import Image
 
 from normfree.images import SUFFIXES
+
+# What a file that is no image, a truncated one, or one of a broken format raises in Pillow.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class Instances:
@@ -59,8 +63,8 @@ VIEWS = 8
 def instances(path: Path) -> tuple[Instances, Instances]:
     """Training images, left halves, and test images, two squares of the right half, of a folder or a .zip.
 
-    Near-duplicates and flat images are left out. Raises FileNotFoundError where there is neither, ValueError for fewer
-    than two images.
+    Near-duplicates and flat images are left out, and those that cannot be read, with a warning. Raises
+    FileNotFoundError where there is neither, ValueError for fewer than two images.
     """
     images, names = _distinct(_images_of(path))
     if len(images) < 2:
@@ -80,19 +84,22 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
         files = [(name, name) for name in names]
     else:
         raise FileNotFoundError(f"there is no folder or .zip of images at {path}")
-    found = []
+    found, unreadable = [], []
     for name, file in files:
         try:
             with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
                 # Palettes with transparent colours warn unless they are converted by way of RGBA.
                 image = (opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error):
+        except (*UNREADABLE, zipfile.BadZipFile, zlib.error):
+            unreadable.append(name)
             continue
         if min(image.size) < 32:
             continue
         if image.height > 256:
             image = image.resize((max(1, round(image.width * 256 / image.height)), 256), Image.Resampling.BICUBIC)
         found.append((name, image))
+    if unreadable:
+        warnings.warn(f"cannot read {len(unreadable)} images of {path}: {', '.join(unreadable[:5])}", stacklevel=2)
     return found
 
 

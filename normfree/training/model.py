@@ -79,10 +79,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise TrainingError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
-def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int) -> None:
+def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int, classes: int) -> None:
     """Run the model on images for training, and on their likes for testing, and leave it as it was.
 
-    Raises TrainingError where it fails or gives no logits.
+    Raises TrainingError where it fails or gives no logits of so many classes.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training = model.training
@@ -93,9 +93,10 @@ def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int) -> N
                 logits = model(images.new_zeros(*images.shape[:2], size, size))
             except Exception as error:  # a user's model may raise anything
                 raise TrainingError(f"{name} does not run on {mode} images of {size} pixels: {error}") from error
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
+            if not isinstance(logits, Tensor) or logits.shape != (len(images), classes):
                 given = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-                raise TrainingError(f"{name} gives {given} in {mode}, not logits (images, classes)")
+                wanted = f"logits ({len(images)} images, {classes} classes)"
+                raise TrainingError(f"{name} gives {given} in {mode}, not {wanted}")
     for buffer, value in before:
         buffer.copy_(value)
     model.train(training)
@@ -127,6 +128,12 @@ def weight_decay(recipe: Recipe, model: nn.Module) -> float:
     if recipe.weight_decay is not None:
         return recipe.weight_decay
     return float(getattr(getattr(model, "config", None), "weight_decay", 5e-5))
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Patterns of names that do not decay although they have axes: timm's gains, and what the model itself lists."""
+    declared = getattr(model, "no_weight_decay", set)
+    return {"*.gain", *declared()}
 
 
 def values(arguments: Iterable[str]) -> dict[str, Any]:

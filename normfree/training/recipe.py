@@ -57,7 +57,7 @@ class Recipe:
     checkpoint_every: int = 0  # optimizer steps; 0: at the end of every epoch only
     keep: int = 2  # newest checkpoints that are kept, besides the best
     log_every: int = 10  # optimizer steps
-    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # besides metrics.csv
+    log: tuple[Literal["csv", "tensorboard", "wandb", "trackio"], ...] = ()  # metrics.csv is always written
     signal_every: int = 0  # optimizer steps between measurements of the signal; 0: none
     on_nonfinite: OnNonfinite = "stop"  # what a loss or gradient that is not finite does
     max_unreadable: int = 100  # images that cannot be read before the training stops
@@ -117,8 +117,8 @@ _LEAST = {
     "signal_every": 0, "max_unreadable": 0,
 }  # fmt: skip
 
-# May differ when a run is taken up again: nothing of the result depends on them (on `accumulate` does the order of an
-# epoch whose batches are cut by class).
+# May differ when a run is taken up again: the result of a normalizer-free network does not depend on them (but on
+# `accumulate` does what dropout draws, and the order of an epoch whose batches are cut by class).
 UNBOUND = (
     "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
     "on_nonfinite", "max_unreadable",

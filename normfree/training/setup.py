@@ -18,6 +18,7 @@ from normfree.training.model import (
     classifiers,
     load_weights,
     model_channels,
+    no_weight_decay,
     sizes,
     values,
     weight_decay,
@@ -57,9 +58,8 @@ class Setup:
         recipe, accelerator = self.recipe, self.accelerator
         train_size, test_size = sizes(recipe, self.model)
         channels = model_channels(self.model, self.data)
-        check_runs(
-            self.model, recipe.model, torch.zeros(2, channels, train_size, train_size, dtype=self.dtype), test_size
-        )
+        images = torch.zeros(2, channels, train_size, train_size, dtype=self.dtype)
+        check_runs(self.model, recipe.model, images, test_size, self.data.classes)
         self.normalized = Normalization(self.data, channels, self.dtype)
         self.parts = Parts(self.order, accelerator.process_index, accelerator.num_processes)
         test_order = testing_order(recipe, self.data, accelerator.num_processes)
@@ -88,15 +88,15 @@ class Setup:
 
     def _prepare(self) -> None:
         from accelerate.utils import fsdp2_prepare_model
-        from timm.optim import create_optimizer_v2
+        from timm.optim import create_optimizer_v2, param_groups_weight_decay
         from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
 
         recipe = self.recipe
-        optimizer = create_optimizer_v2(
-            self.model, opt=recipe.optimizer, lr=recipe.peak_lr, weight_decay=weight_decay(recipe, self.model),
-            momentum=recipe.momentum, filter_bias_and_bn=True,
-        )  # fmt: skip
+        groups = param_groups_weight_decay(
+            self.model, weight_decay(recipe, self.model), no_weight_decay_list=no_weight_decay(self.model)
+        )
+        optimizer = create_optimizer_v2(groups, opt=recipe.optimizer, lr=recipe.peak_lr, momentum=recipe.momentum)
         total = recipe.epochs * self.order.steps
         warmup = min(round(recipe.warmup_epochs * self.order.steps), total - 1)
         self.schedule = CosineLRScheduler(
@@ -114,6 +114,16 @@ class Setup:
                 self.ema.to(self.accelerator.device)
         excluded = {id(p) for head in classifiers(self.model) for p in head.parameters()}
         self.clipped = [p for p in self.model.parameters() if id(p) not in excluded]
+
+    def close(self) -> None:
+        """End the processes that load images."""
+        self.train_batches.close()
+        self.test_batches.close()
+
+    @property
+    def averaged(self) -> torch.nn.Module | None:
+        """The network of averaged parameters, where they are averaged."""
+        return None if self.ema is None else self.ema.module
 
 
 def testing_order(recipe: Recipe, data: Data, processes: int) -> Order:
@@ -148,7 +158,8 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import DistributedType
 
-    missing = set(recipe.log) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    trackers = [name for name in recipe.log if name != "csv"]  # metrics.csv is always written
+    missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     if missing:
         raise ImportError(f"log needs {', '.join(sorted(missing))}: pip install {' '.join(sorted(missing))}")
     if recipe.precision == "fp16" and not torch.accelerator.is_available():
@@ -156,7 +167,7 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     ours = not PartialState._shared_state
     accelerator = Accelerator(
         mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
-        log_with=list(recipe.log) or None,
+        log_with=trackers or None,
         project_dir=str(out),
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
     )
@@ -171,7 +182,7 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
             )
         if accelerator.is_fsdp2:
             configure(accelerator.state.fsdp_plugin)
-        if recipe.log:
+        if trackers:
             described = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
             accelerator.init_trackers("normfree", config=described)
         yield accelerator

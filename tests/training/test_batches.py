@@ -1,5 +1,6 @@
 """Every example once, and its randomness a function of (seed, epoch, index)."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -157,3 +158,16 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_testing():
         assert batch.unreadable == ("2.png (OSError)", "3.png (OSError)")
     with pytest.raises(TrainingError, match="none of 2 images in a row"):
         Examples(Noisy(2, (0, 1)), random_transform, 0, training=True)[keys[0]]
+
+
+def test_what_a_worker_cannot_do_is_said_in_its_words():
+    examples = Examples(Noisy(2, (0, 1)), random_transform, 0, training=True)
+    parts = Parts(Order(2, 2, 1, seed=0), 0, 1)
+    words = r"^none of 2 images in a row can be read, the first is [01]\.png \(OS"
+    for workers in (0, 1):
+        batches = loader(examples, parts, workers=workers, pin=False)
+        with (
+            contextlib.closing(batches),
+            pytest.raises(TrainingError, match=words),
+        ):
+            list(batches)

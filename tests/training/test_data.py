@@ -1,9 +1,12 @@
 """Data sets, made by the tests themselves or shipped with packages."""
 
 import gzip
+import io
 import shutil
 import struct
+import sys
 import zipfile
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,7 +68,8 @@ def test_instances(archive, tmp_path):
         with zipfile.ZipFile(path, "w") as packed:
             for file in sorted(folder.iterdir()):
                 packed.write(file, file.name)
-    data = load(f"instances:{path}")
+    with pytest.warns(UserWarning, match=r"cannot read 1 images of .*broken\.png"):
+        data = load(f"instances:{path}")
     assert data.classes == 5
     assert (len(data.train), len(data.test)) == (5 * VIEWS, 2 * 5)
     left, label = data.train[5 + 3]
@@ -110,6 +114,46 @@ def test_folders_of_classes_are_timm_s(tmp_path):
         data.train[3]
 
 
+def test_torchvision_s(tmp_path):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 7), ("t10k", 3)):
+        pixels, labels = bytes(count * 784), bytes(range(count))
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+    data = load(f"torch/fashion_mnist:{tmp_path}")
+    assert (len(data.train), len(data.test), data.classes) == (7, 3, 10)
+    assert data.test[2][0].mode == "RGB"
+    assert data.train.labels == list(range(7))
+
+
+@pytest.mark.parametrize("tested", ["validation", "test"])
+def test_hugging_face_s(tested, monkeypatch):
+    """As its package `datasets` gives them: timm asks for a split, and reads bytes of images and their labels."""
+    packed = io.BytesIO()
+    picture(0).save(packed, "png")
+
+    class Split(list):
+        info = SimpleNamespace(splits=None, features={"label": SimpleNamespace(names=["a", "b", "c"])})
+
+        def cast_column(self, *_):
+            return self
+
+    def load_dataset(name, split, **_):
+        if split not in ("train", tested):
+            raise ValueError(f'Unknown split "{split}"')
+        return Split({"image": {"bytes": packed.getvalue(), "path": None}, "label": i % 3} for i in range(6))
+
+    fake = ModuleType("datasets")
+    fake.load_dataset, fake.Image, fake.ClassLabel = load_dataset, lambda **_: None, None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    data = load("hfds/user/photographs")
+    assert (len(data.train), len(data.test), data.classes) == (6, 6, 3)
+    assert data.test[5][1] == 2
+    assert data.test[5][0].size == (64, 48)
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "words"),
     [
@@ -149,4 +193,5 @@ def test_files_that_are_cut_off(tmp_path):
     content = bytearray((tmp_path / "damaged.zip").read_bytes())
     content[60] ^= 255  # in the first image
     (tmp_path / "damaged.zip").write_bytes(content)
-    assert load(f"instances:{tmp_path / 'damaged.zip'}").classes == 2
+    with pytest.warns(UserWarning, match=r"cannot read 1 images of .*damaged\.zip: a\.png"):
+        assert load(f"instances:{tmp_path / 'damaged.zip'}").classes == 2

@@ -1,46 +1,27 @@
 """Trainings end to end: what they reach, leave behind, and survive."""
 
-import csv
 import dataclasses
 import itertools
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
-import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, engine, evaluate_run, train
 from normfree.training.data import Arrays, load
 from normfree.training.faults import locate
-from tests.training.tiny import TINY
+from tests.training.tiny import TINY, command, rows, same_weights
 
 RANDOM = dataclasses.replace(
     TINY, epochs=2, ema=0.9, mixup=0.2, cutmix=1.0, drop_rate=0.2, stochastic_depth_rate=0.2, checkpoint_every=4, seed=7
 )
-
-
-def rows(out):
-    return list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))
-
-
-def same_weights(a, b, name="model.safetensors"):
-    one, other = load_file(a / name), load_file(b / name)
-    return all(torch.equal(one[key], other[key]) for key in one)
-
-
-def command(recipe, out, *arguments):
-    """The recipe as a process of its own."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    config = out.parent / f"{out.name}.json"
-    config.write_text(recipe.to_json())
-    return [sys.executable, "-m", "normfree", "train", "--from", str(config), "--out", str(out), *arguments]
 
 
 def test_digits_are_learned_and_a_run_is_a_folder(tmp_path):
@@ -109,30 +90,6 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_ends_well(number, tmp_path):
     assert position["step"] == len([row for row in rows(out) if row["kind"] == "train"])
 
 
-def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
-    """Float64, 20 steps of unequal last size, to 1e-10; with BatchNorm the same cut changes the result."""
-    double = dataclasses.replace(TINY, precision="double", batch=72, stochastic_depth_rate=0.0)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    train(double, tmp_path / "one", quiet=True)
-    differences = {}
-    for name, processes, parts in (("accumulated", 1, 4), ("two", 2, 1), ("two, accumulated", 2, 2)):
-        recipe = dataclasses.replace(double, accumulate=parts)
-        start = torchrun if processes == 2 else [sys.executable]
-        subprocess.run(
-            start + command(recipe, tmp_path / name, "--quiet")[1:], check=True, capture_output=True, timeout=120
-        )
-        one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("one", name))
-        differences[name] = max((one[key] - other[key]).abs().max().item() for key in one)
-    print(differences)
-    assert max(differences.values()) < 1e-10, differences
-    assert json.loads(next((tmp_path / "two" / "checkpoints").glob("*/position.json")).read_text())["parts"] == 2
-    normalized = dataclasses.replace(double, model="bn_resnet26", epochs=1)
-    for parts in (1, 4):
-        train(dataclasses.replace(normalized, accumulate=parts), tmp_path / f"bn{parts}", quiet=True)
-    one, other = (load_file(tmp_path / f"bn{parts}" / "model.safetensors") for parts in (1, 4))
-    assert max((one[key] - other[key]).abs().max().item() for key in one if "running" not in key) > 1e-3
-
-
 def test_parts_of_one_class_change_nothing_but_for_batch_norm(tmp_path):
     """The same batches, cut into parts of one class each or mixed: one normalizer-free network, two with BatchNorm."""
     differences = {}
@@ -156,33 +113,6 @@ def test_parts_of_one_class_change_nothing_but_for_batch_norm(tmp_path):
     assert min(differences["bn"], differences["unconverted"]) > 1e-3, differences
 
 
-def test_a_process_that_dies_ends_the_others_and_one_goes_on(tmp_path):
-    out = tmp_path / "run"
-    recipe = dataclasses.replace(TINY, epochs=40, checkpoint_every=3)
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        start + command(recipe, out, "--quiet")[1:], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while not list(out.glob("checkpoints/step_*")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    psutil.Process(process.pid).children()[-1].kill()
-    begin = time.monotonic()
-    _, told = process.communicate(timeout=60)
-    assert time.monotonic() - begin < 60
-    assert process.returncode != 0
-    assert "normfree: " in told or "Signal 9" in told
-    # One process goes on where two stopped.
-    done = max(int(path.name.split("_")[1]) for path in out.glob("checkpoints/step_*"))
-    alone = subprocess.Popen(command(recipe, out, "--resume", "auto"), stderr=subprocess.PIPE, text=True)
-    for line in alone.stderr:
-        if line.startswith("step "):
-            break
-    alone.kill()
-    alone.communicate()
-    assert int(line.split()[1].rstrip(":")) > done
-
-
 def test_a_loss_that_is_not_finite_names_the_step_the_layer_and_the_checkpoint(tmp_path):
     wild = dataclasses.replace(TINY, lr=1e6, warmup_epochs=0.5, checkpoint_every=1)
     with pytest.raises(
@@ -193,6 +123,15 @@ def test_a_loss_that_is_not_finite_names_the_step_the_layer_and_the_checkpoint(t
     assert result.finished
     weights = load_file(tmp_path / "skip" / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_that_fails_ends(workers, tmp_path):
+    """Processes that load images for it end with it."""
+    wild = dataclasses.replace(TINY, lr=1e6, warmup_epochs=0.5, workers=workers)
+    failed = subprocess.run(command(wild, tmp_path / "run"), capture_output=True, text=True, timeout=60, check=False)
+    assert failed.returncode == 2
+    assert "is not finite" in failed.stderr.splitlines()[-1]
 
 
 def test_a_step_that_is_left_out_leaves_nothing(tmp_path):
@@ -263,6 +202,37 @@ def test_unreadable_images_are_named_and_counted(tmp_path, capsys):
         train(dataclasses.replace(TINY, max_unreadable=3), tmp_path / "limit", quiet=True, data=data)
 
 
+def test_unreadable_images_are_named_and_counted_by_eval(tmp_path, monkeypatch):
+    train(dataclasses.replace(TINY, max_unreadable=3), tmp_path / "run", quiet=True)
+    whole = load("digits")
+    for last, spoiled in ((300, 3), (359, 4)):
+        data = dataclasses.replace(whole, test=Broken(whole.test.images[:last], whole.test.labels[:last]))
+        monkeypatch.setattr("normfree.training.data.load", lambda spec, data=data: data)
+        if spoiled > 3:
+            with pytest.raises(TrainingError, match="4 images cannot be read, more than max_unreadable=3: image 1 "):
+                evaluate_run(tmp_path / "run")
+        else:
+            with pytest.warns(UserWarning, match=r"cannot read image \d+ \(OSError\)"):
+                assert evaluate_run(tmp_path / "run").examples == last - spoiled
+
+
+def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(TINY, out, quiet=True)
+    before = (out / "model.safetensors").read_bytes()
+
+    def full(weights, path, **arguments):
+        path.write_bytes(before[:100])
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.save", lambda self, *given, **arguments: full(*given, **arguments))
+        with pytest.raises(TrainingError, match=r"cannot write .*model\.safetensors: No space left"):
+            train(TINY, out, resume="auto", quiet=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert not list(out.glob("*.new"))
+
+
 def test_what_does_not_go_on(tmp_path):
     out = tmp_path / "run"
     train(TINY, out, quiet=True)
@@ -278,8 +248,15 @@ def test_what_does_not_go_on(tmp_path):
     (out / "elsewhere.json").rename(out / "config.json")
     whole = load("digits")
     smaller = dataclasses.replace(whole, train=Arrays(whole.train.images[:-5], whole.train.labels[:-5]))
-    with pytest.raises(ValueError, match="has 1433 training images, but had 1438"):
-        train(TINY, out, resume="auto", quiet=True, data=smaller)
+    known = (out / "data.json").read_bytes()
+    for changed, words in (
+        (smaller, "digits has 1433 training images, but had 1438 when"),
+        (dataclasses.replace(whole, test=smaller.train), "has 1433 test images, but had 359 when"),
+        (dataclasses.replace(whole, classes=11, names=()), "has 11 classes, but had 10; other names when"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(TINY, out, resume="auto", quiet=True, data=changed)
+    assert (out / "data.json").read_bytes() == known
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is no folder"):
         train(TINY, tmp_path / "file", quiet=True)

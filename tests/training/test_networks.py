@@ -17,7 +17,8 @@ from normfree.errors import TrainingError
 from normfree.training import evaluate_run, load_run, train
 from normfree.training.data import load
 from normfree.training.model import build, classifiers
-from tests.training.tiny import TINY
+from normfree.training.setup import Setup, accelerated
+from tests.training.tiny import TINY, rows
 
 
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18", "nf_regnet_b0"])
@@ -175,12 +176,39 @@ def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
         load_run("run")
 
 
+def test_the_checkpoints_of_a_run_are_tested_too(tmp_path):
+    recipe = dataclasses.replace(TINY, epochs=2, lr=0.05, ema=0.5, convert=True, model="timm:resnet18", model_args=())
+    train(recipe, tmp_path / "run", quiet=True)
+    first, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    logged = [float(row["top1"]) for row in rows(tmp_path / "run") if row["kind"] == "eval_ema"]
+    assert [evaluate_run(path).top1 for path in (first, last)] == pytest.approx(logged)
+    assert evaluate_run(tmp_path / "run") == evaluate_run(last)
+    assert evaluate_run(first, weights=last / "model_ema.safetensors") == evaluate_run(last)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"), [("nf_resnet26", TINY.model_args), ("timm:nf_resnet26", ()), ("timm:nfnet_f0", ())]
+)
+def test_gains_do_not_decay(model, arguments, tmp_path):
+    recipe = dataclasses.replace(TINY, model=model, model_args=arguments)
+    with accelerated(recipe, tmp_path) as accelerator:
+        setup = Setup(recipe, accelerator, load("digits"))
+    decaying = {id(p) for group in setup.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    names = {name.rpartition(".")[2] for name, p in setup.model.named_parameters() if id(p) in decaying}
+    assert names == {"weight"}
+
+
+def ten_classes_more(num_classes, in_channels):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes + 10))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "timm:vit_tiny_patch16_224"}, "does not run on training images of 32 pixels"),
         ({"model": "torchvision:vgg11", "image_size": 64, "test_size": 16}, "does not run on testing images of 16"),
         ({"model": "timm:resnet18", "model_args": ("width=0.25",)}, "model_args, all of them the recipe's"),
+        ({"model": "tests.training.test_networks:ten_classes_more"}, r"gives \(2, 20\) in training, not logits \(2 i"),
         ({"model": "torchvision:googlenet"}, "gives a GoogLeNetOutputs in training, not logits"),
     ],
 )
