@@ -3,6 +3,7 @@
 import copy
 import csv
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -204,22 +205,19 @@ def test_what_cannot_be_watched():
         SignalMonitor(compiled)
 
 
-def test_a_step_that_is_not_due_costs_nothing():
-    """A measured step may cost as much again as a step: every hundredth is then 1 %."""
+def test_every_hundredth_step_measured_costs_less_than_one_percent():
+    """A measured step costs less than another step would."""
     model, x = network(), torch.randn(16, 3, 96, 96)
     step(model, x)
 
     def seconds(every):
-        times = []
-        for _ in range(5):
-            with SignalMonitor(model, every=every) as monitor:
-                monitor.step = 1
-                start = time.perf_counter()
-                step(model, x)
-                monitor.collect()
-                times.append(time.perf_counter() - start)
-        return sorted(times)[2]
+        with SignalMonitor(model, every=every) as monitor:
+            monitor.step = 1
+            start = time.perf_counter()
+            step(model, x)
+            monitor.collect()
+            return time.perf_counter() - start
 
-    measured, plain = seconds(1), seconds(100)
-    print(f"a measured step takes {measured / plain:.2f} of a step")
-    assert measured < 2.5 * plain
+    ratios = [seconds(1) / seconds(100) for _ in range(7)]
+    print(f"a measured step takes {median(ratios):.2f} of a step")
+    assert median(ratios) < 2.0
