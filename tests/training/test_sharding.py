@@ -59,7 +59,9 @@ def test_it_trains_like_one_process_and_goes_on_where_it_stopped(tmp_path):
     assert (out / "signal.csv").read_text().count("\n") == (tmp_path / "whole" / "signal.csv").read_text().count("\n")
     # Killed after step 10.
     cut = tmp_path / "cut"
-    shutil.copytree(out, cut, ignore=shutil.ignore_patterns("model*", "step_00000020"))
+    shutil.copytree(out, cut, ignore=shutil.ignore_patterns("step_00000020"))
+    for weights in cut.glob("model*"):
+        weights.unlink()
     with pytest.raises(TrainingError, match="was written with sharded parameters"):
         train(RECIPE, cut, resume="auto", quiet=True)
     done = train_on_two(RECIPE, cut, "--resume", "auto", **BY_BLOCK)
