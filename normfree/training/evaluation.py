@@ -106,7 +106,8 @@ def load_run(run: str | Path, *, weights: str | Path | None = None, model: str |
         weights = next((path for path in found if path.exists()), None)
         if weights is None:
             raise FileNotFoundError(
-                f"{holder} holds no model.safetensors: its training has not ended (name a checkpoint, or `weights`)"
+                f"{holder} holds no model.safetensors: its training has not ended (name a checkpoint, or `weights`), "
+                "or it is a checkpoint of sharded parameters"
             )
     network.to(torch.float64 if recipe.precision == "double" else torch.float32)
     load_weights(network, weights)
