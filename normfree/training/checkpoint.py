@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from normfree.errors import TrainingError
 from normfree.training.files import sync
+from normfree.training.folder import RECIPE
+from normfree.training.recipe import Recipe
 from normfree.training.sharding import load_whole
 
 _MANIFEST, _POSITION, _AVERAGED = "manifest.json", "position.json", "model_ema.safetensors"
@@ -34,11 +36,11 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep`, and the best."""
+    """The checkpoints of a recipe's run: the newest that it keeps, and the best."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder = folder
-        self.keep = keep
+        self.recipe = recipe
 
     def save(self, accelerator: Any, position: Position, averaged: torch.nn.Module | None) -> Path:
         """Write one, of every process's state and the averaged network.
@@ -59,6 +61,7 @@ class Checkpoints:
             if accelerator.is_main_process:
                 if weights is not None:
                     save_file({name: t.contiguous() for name, t in weights.items()}, temporary / _AVERAGED)
+                (temporary / RECIPE).write_text(self.recipe.to_json(), encoding="utf-8")
                 (temporary / _POSITION).write_text(json.dumps(asdict(position), indent=2) + "\n")
                 _seal(temporary)
                 aside = self.folder / f".writing_{position.step:08d}_before"
@@ -77,7 +80,7 @@ class Checkpoints:
 
     def _forget(self, position: Position) -> None:
         found = sorted(path for path in self.folder.glob("step_*") if path.name <= f"step_{position.step:08d}")
-        for path in found[: -self.keep]:
+        for path in found[: -self.recipe.keep]:
             if path.name != f"step_{position.best_step:08d}":
                 shutil.rmtree(path, ignore_errors=True)
 

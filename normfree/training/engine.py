@@ -80,7 +80,7 @@ class Training:
         self.accelerator = accelerator
         self.setup = Setup(recipe, accelerator, data)
         self.take_step = Step(self.setup)
-        self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep)
+        self.checkpoints = Checkpoints(out / "checkpoints", recipe)
         self.metrics = Table(out / "metrics.csv", COLUMNS)
         self.start = time.perf_counter()  # less what was spent before an interruption
         self.position = Position(parts=self._cut)
@@ -142,6 +142,7 @@ class Training:
             return
         for problem in problems:
             self.screen.say(f"{problem}: the one before it is taken")
+        folder.check_recipe(self.recipe, path)
         position = read_position(path)
         if self.recipe.cut != "shuffled" and position.step_in_epoch and position.parts != self._cut:
             raise ValueError(

@@ -24,14 +24,19 @@ def check_free(recipe: Recipe, out: Path, resume: str) -> None:
         return
     if resume == "never":
         raise ValueError(f"{out} holds a run already: choose another folder, or --resume auto to go on with it")
-    before = Recipe.from_json(path)
+    check_recipe(recipe, out)
+
+
+def check_recipe(recipe: Recipe, holder: Path) -> None:
+    """Raises ValueError where the run, or the checkpoint, in `holder` is of another recipe."""
+    before = Recipe.from_json(holder / RECIPE)
     changed = [
         f"{f.name} is {getattr(recipe, f.name)!r}, was {getattr(before, f.name)!r}"
         for f in dataclasses.fields(Recipe)
         if f.name not in UNBOUND and getattr(recipe, f.name) != getattr(before, f.name)
     ]
     if changed:
-        raise ValueError(f"{out} holds the run of another recipe ({'; '.join(changed)}): it cannot go on with this one")
+        raise ValueError(f"{holder} is of another recipe ({'; '.join(changed)}): it cannot go on with this one")
 
 
 def check_data(spec: str, data: Data, out: Path) -> None:

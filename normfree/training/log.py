@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from normfree.errors import TrainingError
+from normfree.training.files import replacing
 
 COLUMNS = ("step", "epoch", "kind", "loss", "top1", "top5", "lr", "gradient_norm", "images_per_second")
 """Of metrics.csv; kind is train, eval or eval_ema."""
@@ -41,13 +42,11 @@ class Table:
                 whole = None not in row.values()
                 if whole and (int(row["step"]) < step or (int(row["step"]) == step and including(row))):
                     kept.append(row)
-        temporary = self.path.with_name(self.path.name + ".new")
+        with replacing(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
         with self._explained():
-            with temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(kept)
-            temporary.replace(self.path)
             self.file = self.path.open("a", newline="")
         return kept
 

@@ -36,7 +36,7 @@ class Process:
 
 @pytest.fixture
 def checkpoints(tmp_path):
-    return Checkpoints(tmp_path / "checkpoints", keep=2)
+    return Checkpoints(tmp_path / "checkpoints", dataclasses.replace(RECIPE, keep=2))
 
 
 def test_the_newest_and_the_best_are_kept(checkpoints):
@@ -57,7 +57,7 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints, error):
 def test_no_permission(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
-        Checkpoints(tmp_path / "checkpoints", 2).save(Process(), Position(), None)
+        Checkpoints(tmp_path / "checkpoints", RECIPE).save(Process(), Position(), None)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_damage_is_named_and_the_one_before_is_taken(checkpoints, harm, words):
 
 
 def test_a_damaged_newer_one_does_not_push_out_a_new_one(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", dataclasses.replace(RECIPE, keep=1))
     checkpoints.save(Process(), Position(step=20), None)
     (checkpoints.folder / "step_00000020" / "model.safetensors").unlink()
     checkpoints.save(Process(), Position(step=15), None)
@@ -115,6 +115,19 @@ def test_a_foreign_checkpoint(tmp_path):
     (newest / "position.json").write_text('{"step": 1, "who": "knows"}')
     with pytest.raises(TrainingError, match="is no checkpoint of normfree"):
         train(RECIPE, out, resume="auto", quiet=True)
+
+
+def test_a_checkpoint_of_another_run(tmp_path):
+    """Of the same network, which would load."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(RECIPE, first, quiet=True)
+    recipe = dataclasses.replace(RECIPE, lr=0.2)
+    train(recipe, second, quiet=True)
+    theirs = max((first / "checkpoints").iterdir())
+    shutil.rmtree(second / "checkpoints" / theirs.name)
+    shutil.copytree(theirs, second / "checkpoints" / theirs.name)
+    with pytest.raises(ValueError, match=rf"{theirs.name} is of another recipe \(lr is 0.2, was 0.1\)"):
+        train(recipe, second, resume="auto", quiet=True)
 
 
 def test_nothing_that_could_run_code_is_loaded(tmp_path):
