@@ -13,7 +13,7 @@ _KEEP_INPUT = {"CELU", "ELU", "GELU", "Hardswish", "LeakyReLU", "Mish", "SELU", 
 
 
 @contextlib.contextmanager
-def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tensor) -> Iterator[None]:
+def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tensor | None) -> Iterator[None]:
     """Inside, an operation that saves `result` for its backward saves function(*sources) instead, which equals it.
 
     For a cheap `function` of sources that are kept anyway. Sources may themselves be results of an enclosing
@@ -46,7 +46,7 @@ class _Recipes(threading.local):
 
 
 class _Recipe:
-    def __init__(self, function: Callable[..., Tensor], sources: list["Tensor | _Recipe"]) -> None:
+    def __init__(self, function: Callable[..., Tensor], sources: list["Tensor | _Recipe | None"]) -> None:
         self.function = function
         self.sources = [s.detach() if isinstance(s, Tensor) else s for s in sources]
         self.versions = [s._version if isinstance(s, Tensor) else 0 for s in sources]

@@ -1,5 +1,6 @@
 """What layers with scaled standardized weights share: all that a normalizer would do, done to the weights."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,9 @@ class ScaledWS(Scales):
         W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
         b_eff = out_scale · skip_gain · bias
         """
+        kernels = self._kernels()
+        if kernels is not None:
+            return kernels.effective_parameters(*self._factors(), eps=self.eps, dtype=self.weight.dtype)
         weight_scale, bias = self._scale_and_bias()
         return self._effective_weight(self.weight, weight_scale), bias
 
@@ -91,12 +95,31 @@ class ScaledWS(Scales):
 
     def _with_effective_parameters(self, input: Tensor, call: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """call(W_eff, b_eff), which takes `input`, W_eff computed again in the backward pass where that is cheap."""
-        weight_scale, bias = self._scale_and_bias()
-        weight = self._effective_weight(self.weight, weight_scale)
-        if weight.numel() > _KEEP_ABOVE * input.numel():
+        kernels = self._kernels()
+        sources: tuple[Tensor | None, ...]
+        if kernels is None:
+            weight_scale, bias = self._scale_and_bias()
+            compute, sources = self._effective_weight, (self.weight, weight_scale)
+            weight = compute(*sources)
+        else:
+            both = functools.partial(kernels.effective_parameters, eps=self.eps, dtype=_autocast_dtype(self.weight))
+            compute, sources = (lambda *factors: both(*factors)[0]), self._factors()
+            weight, bias = both(*sources)
+        if weight.dtype != self.weight.dtype or weight.numel() > _KEEP_ABOVE * input.numel():
             return call(weight, bias)
-        with recomputing(weight, self._effective_weight, self.weight, weight_scale):
+        with recomputing(weight, compute, *sources):
             return call(weight, bias)
+
+    def _kernels(self) -> Any:
+        """The module of fused kernels where they can be used, or None."""
+        if not (self.weight.is_cuda and self.standardize and type(self).filters is ScaledWS.filters):
+            return None
+        kernels = _import_fused()
+        return kernels if kernels is not None and kernels.takes(self.weight) else None
+
+    def _factors(self) -> tuple[Tensor | None, ...]:
+        """What W_eff and b_eff are made of, as the fused kernels take it."""
+        return self.weight, self.gain, self.bias, self.in_scale, self.out_scale, self.skip_gain
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -105,6 +128,23 @@ class ScaledWS(Scales):
         if not self.standardize:
             parts.append("standardize=False")
         return ", ".join(parts)
+
+
+@functools.cache
+def _import_fused() -> Any:
+    """Where Triton is, which torch brings along for its GPUs."""
+    try:
+        from normfree.nn import fused
+    except ImportError:
+        return None
+    return fused
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype:
+    """What a convolution or a linear layer makes of the weight under autocast."""
+    kind = weight.device.type
+    rounded = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if rounded else weight.dtype
 
 
 SCALES_DOC = """in_scale         what the input must be multiplied by: the activation's γ, the block's β

@@ -132,13 +132,20 @@ def testing_order(recipe: Recipe, data: Data, processes: int) -> Order:
     return Order(len(data.test), batch, processes, recipe.seed, shuffle=False)
 
 
+def _on_cpus() -> bool:
+    """As `accelerate launch --cpu` asks, or for want of an accelerator: processes would not find each other else."""
+    from accelerate.utils import parse_flag_from_env
+
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 @contextlib.contextmanager
 def together() -> Iterator[Any]:
     """accelerate's PartialState, for several trainings by the same processes; afterwards it is as it was."""
     from accelerate.state import AcceleratorState, PartialState
 
     ours = not PartialState._shared_state
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=_on_cpus())
     try:
         yield state
     finally:
@@ -162,14 +169,14 @@ def accelerated(recipe: Recipe, out: Path) -> Iterator[Any]:
     missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     if missing:
         raise ImportError(f"log needs {', '.join(sorted(missing))}: pip install {' '.join(sorted(missing))}")
-    if recipe.precision == "fp16" and not torch.accelerator.is_available():
+    if recipe.precision == "fp16" and _on_cpus():
         raise ValueError("precision is fp16, in which CPUs do not train; bf16 they do")
     ours = not PartialState._shared_state
     accelerator = Accelerator(
         mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
         log_with=trackers or None,
         project_dir=str(out),
-        cpu=not torch.accelerator.is_available(),  # else processes on CPUs do not find each other
+        cpu=_on_cpus(),
     )
     try:
         kind = accelerator.distributed_type

@@ -256,7 +256,7 @@ def test_detectors_ask_for_no_targets():
     assert model.training
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda():
     model = residual_network().cuda()
     state = torch.cuda.get_rng_state()

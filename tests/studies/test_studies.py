@@ -179,8 +179,21 @@ def test_names_that_do_not_exist():
 
 
 def test_two_processes_train_together_and_one_writes(tmp_path):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "normfree", "study", "microbatch"]
-    arguments = ["--budget", "toy", "--data", "digits", "--seeds", "2", "--only", "NF", "mixed", "--out", "both"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "normfree", "study"]
+    arguments = [
+        "microbatch",
+        "--budget",
+        "toy",
+        "--data",
+        "digits",
+        "--seeds",
+        "2",
+        "--only",
+        "NF",
+        "mixed",
+        "--out",
+        "both",
+    ]
     done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = Ledger(tmp_path / "both" / "trainings.csv").read()

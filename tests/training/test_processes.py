@@ -43,7 +43,7 @@ def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
     alone = tmp_path / "one"
     train(DOUBLE, alone, quiet=True)
     assert max(float(row["gradient_norm"] or 0) for row in rows(alone)) > DOUBLE.clip_norm
-    for name, processes, parts in (("accumulated", 1, 4), ("two", 2, 1), ("two, accumulated", 2, 2)):
+    for name, processes, parts in (("accumulated", 0, 4), ("two", 2, 1), ("two, accumulated", 2, 2)):
         out = tmp_path / name
         run(dataclasses.replace(DOUBLE, accumulate=parts), out, processes=processes)
         assert difference(alone, out) < 1e-10, name
@@ -102,7 +102,7 @@ def test_a_process_that_dies_ends_the_others_and_one_goes_on_or_two(tmp_path):
         assert process.returncode != 0
         assert "normfree: " in told or "Signal 9" in told
     shutil.copytree(out, tmp_path / "again")
-    for folder, processes in ((out, 1), (tmp_path / "again", 2)):
+    for folder, processes in ((out, 0), (tmp_path / "again", 2)):
         with started(folder, "--resume", "auto", "--quiet", processes=processes, beyond=newest(folder)):
             pass
 

@@ -33,7 +33,7 @@ def train_on_two(recipe, out, *arguments, start=SHARDED, **environment):
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.json"
     config.write_text(recipe.to_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *start]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *start]
     command += ["train", "--from", str(config), "--out", str(out), "--quiet", *arguments]
     told = {"OMP_NUM_THREADS": "1"}
     if start is SHARDED:

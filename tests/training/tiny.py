@@ -23,11 +23,11 @@ def same_weights(a, b, name="model.safetensors"):
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def command(recipe, out, *arguments, processes=1):
-    """The recipe as a process of its own, or as several."""
+def command(recipe, out, *arguments, processes=0):
+    """The recipe as a process of its own, or as so many of torchrun."""
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.json"
     config.write_text(recipe.to_json())
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
     train = ["-m", "normfree", "train", "--from", str(config), "--out", str(out), *arguments]
     return [sys.executable, *torchrun, *train]
