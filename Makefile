@@ -7,9 +7,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/normfree demo
 
-# Run every test, in two processes whose threads wait without spinning: they would be in each other's way.
+# Run every test, in two processes of one thread each: more would be in each other's way.
 test: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -48,7 +48,8 @@ def reference_network(case: str, name: str, dtype: torch.dtype, **arguments: Any
     arguments |= {"drop_rate": 0.0, "stochastic_depth_rate": 0.0}
     model = create_model(name, width=meta["width"], num_classes=10, dtype=dtype, **arguments)
     load_haiku(model, {key: make_param(key, shape) for key, shape in shapes.items()})
-    return model.train(meta["is_training"]), nchw(make_input(meta["input_shape"])).to(dtype)
+    # In channels_last torch's BatchNorm sums in float32, by as many parts as there are threads.
+    return model.train(meta["is_training"]), nchw(make_input(meta["input_shape"])).to(dtype).contiguous()
 
 
 class BlockStatistics(NamedTuple):

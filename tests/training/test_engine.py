@@ -43,6 +43,17 @@ def test_digits_are_learned_and_a_run_is_a_folder(tmp_path):
     assert again.top1 == pytest.approx(result.accuracy.top1)
 
 
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Here and in the processes that a test starts."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same(tmp_path):
     """Optimizer, averaged weights, schedule, order, dropout, stochastic depth, mixup: bit for bit."""
     whole = tmp_path / "whole"
