@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # A program's share of a filter at a time; of two sizes, since each is compiled on its own.
 _BLOCKS = (256, 1024)
@@ -110,13 +111,14 @@ class _Effective(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_w_eff: Tensor, grad_b_eff: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight, gain, bias, _, _, skip_gain, mean, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes them again each time
+        weight, gain, bias, _, _, skip_gain, mean, _ = saved
         if not _layouts(grad_w_eff) & _layouts(weight):
             grad_w_eff = torch.empty_like(weight, dtype=grad_w_eff.dtype).copy_(grad_w_eff)
         grad_b_eff = None if grad_b_eff is None else grad_b_eff.contiguous()
         grads = [None if factor is None else torch.empty_like(factor) for factor in (weight, gain, bias)]
         shares = None if skip_gain is None else torch.empty_like(mean)
-        _launch(_backward, weight, grad_w_eff, grad_b_eff, *ctx.saved_tensors, *grads, shares)
+        _launch(_backward, weight, grad_w_eff, grad_b_eff, *saved, *grads, shares)
         grad_skip_gain = None if shares is None else shares.sum(0, keepdim=True).to(skip_gain.dtype)
         return *grads, None, None, grad_skip_gain, None, None
 
@@ -146,17 +148,21 @@ def effective_parameters(
     return _Effective.apply(weight, gain, bias, in_scale, out_scale, skip_gain, eps, dtype)
 
 
-def takes(weight: Tensor) -> bool:
-    """Whether it can be given to `effective_parameters`, and nobody watches the operations that are done to it."""
+def takes(weight: Tensor, gain: Tensor, bias: Tensor | None, *scales: Tensor | None) -> bool:
+    """Whether they can be given to `effective_parameters`, on a GPU, and no operation is traced.
+
+    Whoever only looks at operations (counters, `characterize`) sees that of the layer and none on its weight: gradient
+    checkpointing runs a layer again without those that looked, and must find the same.
+    """
+    sizes = [(t, n) for t, n in ((gain, len(weight)), (bias, len(weight)), *((s, 1) for s in scales)) if t is not None]
     return (
-        weight.is_cuda
-        and type(weight) in (Tensor, torch.nn.Parameter)
+        type(weight) in (Tensor, torch.nn.Parameter)
         and weight.numel() > 0
         and bool(_layouts(weight))
-        and not torch.compiler.is_compiling()
+        and all(t.numel() == n and t.is_contiguous() and t.device == weight.device for t, n in sizes)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
         and _works(weight.device)
     )
 
@@ -167,6 +173,8 @@ def _works(device: torch.device) -> bool:
     weight, scale = torch.ones(2, 3, device=device), torch.ones((), device=device)
     try:
         effective_parameters(weight, weight[:, 0].contiguous(), None, scale, scale, None, eps=1.0, dtype=weight.dtype)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         warnings.warn(f"weights are standardized by slower kernels: Triton does not work here ({error})", stacklevel=2)
         return False

@@ -35,7 +35,9 @@ def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tenso
 
 def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor) -> Any:
     """`recomputing` of activation(source), or nothing where that would keep more than it saves."""
-    if type(activation).__name__ in _KEEP_INPUT and not getattr(activation, "inplace", False):
+    in_place = getattr(activation, "inplace", False)
+    # Autocast, which is off in the backward pass, gives some another dtype.
+    if type(activation).__name__ in _KEEP_INPUT and not in_place and result.dtype == source.dtype:
         return recomputing(result, activation.forward, source)
     return contextlib.nullcontext()
 

@@ -114,8 +114,8 @@ class ScaledWS(Scales):
         """The module of fused kernels where they can be used, or None."""
         if not (self.weight.is_cuda and self.standardize and type(self).filters is ScaledWS.filters):
             return None
-        kernels = _import_fused()
-        return kernels if kernels is not None and kernels.takes(self.weight) else None
+        kernels = None if torch.compiler.is_compiling() else _import_fused()
+        return kernels if kernels is not None and kernels.takes(*self._factors()) else None
 
     def _factors(self) -> tuple[Tensor | None, ...]:
         """What W_eff and b_eff are made of, as the fused kernels take it."""

@@ -6,8 +6,14 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from normfree import characterize, create_model
 from normfree.nn import ScaledWSConv2d, ScaledWSLinear
+from normfree.nn.scaled import ScaledWS
 
 pytest.importorskip("triton")
 
@@ -96,21 +102,91 @@ def test_it_rounds_to_another_dtype_and_refuses_second_derivatives():
         grad.sum().backward()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("autocast", [False, True])
-def test_layers_use_them_on_a_gpu(autocast, monkeypatch):
+def plain(layer, x):
+    return layer(x)
+
+
+def autocast(layer, x):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        return layer(x)
+
+
+def checkpointed(layer, x):
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def counted_and_checkpointed(layer, x):
+    """What looks at the operations does so only in the first of the two forward passes."""
+    with FlopCounterMode(display=False):
+        return checkpointed(layer, x)
+
+
+def kept_on_the_cpu(layer, x):
+    with torch.autograd.graph.save_on_cpu():
+        return layer(x)
+
+
+def with_a_strided_gain(layer, x):
+    return functional_call(layer, {"gain": torch.stack([layer.bias, layer.gain], 1)[:, 1]}, x)
+
+
+WAYS = [plain, autocast, checkpointed, counted_and_checkpointed, kept_on_the_cpu]
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", [*WAYS, with_a_strided_gain])
+def test_layers_that_use_them_and_that_do_not_are_alike(way, monkeypatch):
     from normfree.nn import fused
 
-    layer = ScaledWSConv2d(5, 4, 3, padding="same", stride=2, skip_gain=0.5).cuda()
-    x = torch.randn(2, 5, 9, 9, device="cuda", requires_grad=True)
-    assert fused.takes(layer.weight)
-    results = []
-    for usable in (True, False):
-        monkeypatch.setattr(fused, "takes", lambda weight, usable=usable: usable)
+    torch.manual_seed(0)
+    layer = ScaledWSConv2d(5, 4, 3, padding="same", skip_gain=0.5).to(DEVICE)
+    x = torch.randn(2, 5, 9, 9, device=DEVICE, requires_grad=True)
+    results, used = [], []
+
+    def kernels(layer):
+        used.append(fused.takes(*layer._factors()))
+        return fused if used[-1] else None
+
+    for choice in (kernels, lambda layer: None):
+        monkeypatch.setattr(ScaledWS, "_kernels", choice)
         layer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            out = layer(x)
+        x.grad = None
+        out = way(layer, x)
         out.float().square().sum().backward()
-        results.append([out, *(p.grad for p in layer.parameters())])
+        results.append([out, x.grad, *(p.grad for p in layer.parameters())])
+    assert used
+    assert set(used) == {way in WAYS}
+    tolerance = 2e-2 if way is autocast else 1e-4
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2 if autocast else 1e-4, atol=2e-2 if autocast else 1e-4)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
+@needs_kernels
+def test_traced_layers_do_not_use_them():
+    from normfree.nn import fused
+
+    factors = ScaledWSConv2d(5, 4, 3).to(DEVICE)._factors()
+    assert fused.takes(*factors)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not fused.takes(*factors)
+    assert not torch.func.grad(lambda gain: (gain * fused.takes(*factors)).sum())(factors[1]).any()
+
+
+@needs_kernels
+def test_a_network_that_is_measured_and_checkpointed_at_once(monkeypatch):
+    from normfree.nn import fused
+
+    monkeypatch.setattr(ScaledWS, "_kernels", lambda layer: fused if fused.takes(*layer._factors()) else None)
+    model = create_model("nf_resnet26", width=0.125, num_classes=3).to(DEVICE)
+    model.set_grad_checkpointing()
+    report = characterize(model, torch.randn(2, 3, 32, 32, device=DEVICE), backward=True)
+    assert all(record.gradient_variance > 0 for record in report)
+
+
+@pytest.mark.gpu
+def test_layers_use_them_on_a_gpu():
+    from normfree.nn import fused
+
+    layer = ScaledWSConv2d(5, 4, 3)
+    assert layer._kernels() is None
+    assert layer.cuda()._kernels() is fused

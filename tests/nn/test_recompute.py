@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from normfree import create_model
 from normfree.benchmarks.measure import kept_bytes
 from normfree.benchmarks.networks import PlainResNet, ours
 from normfree.nn import ScaledWSConv2d
+from normfree.nn.recompute import recomputing_activation
 from tests.helpers import assert_close
 
 NETWORKS = {
@@ -70,6 +72,22 @@ def test_a_changed_source_is_noticed():
         model.stages[0][0].conv[1].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an in"):
         out.backward()
+
+
+class Softplus(nn.Softplus):
+    def forward(self, input):
+        """In float32 under autocast, as on GPUs."""
+        return super().forward(input.float() if torch.is_autocast_enabled("cpu") else input)
+
+
+def test_an_activation_to_which_autocast_gives_another_dtype():
+    activation, x = Softplus(), torch.randn(2, 3, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        activated = activation(x)
+        with recomputing_activation(activated, activation, x):
+            out = nn.functional.avg_pool2d(activated, 2)
+    out.sum().backward()
+    assert_close(x.grad.float(), (x.detach().float().sigmoid() / 4), 1e-2)
 
 
 def test_other_hooks_checkpoints_and_transforms_go_first():
