@@ -65,6 +65,20 @@ def _require_image(shape: tuple[int, ...]) -> None:
         raise ValueError(f"the model's input has shape {shape}; images have (1 or 3, height, width)")
 
 
+def to_rgb(image: Any) -> Any:
+    """A PIL image in RGB; 16 bits of grey are scaled to 8, where Pillow would cut them off.
+
+    Raises ValueError for floating-point pixels, of which nobody knows the range.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of an unknown range")
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 257).convert("L")
+    if "transparency" in image.info:  # palettes with transparent colours warn unless they go by way of RGBA
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
 def _read(path: Path) -> Tensor:
     try:
         from PIL import Image
@@ -72,7 +86,7 @@ def _read(path: Path) -> Tensor:
         raise ImportError("reading images needs pillow: pip install 'normfree[demo]'") from error
     try:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1)

@@ -10,8 +10,8 @@ from normfree.sources import model_factory
 
 
 def network_factory(name: str) -> Callable[[], nn.Module]:
-    """`model_factory`, and of the folder of a run its trained network."""
-    if (Path(name) / "data.json").is_file():
+    """`model_factory`, and of the folder of a run, or of one of its checkpoints, the trained network."""
+    if any((Path(name) / file).is_file() for file in ("data.json", "position.json")):
         from normfree.training import load_run
 
         return functools.partial(load_run, name)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from normfree.errors import suggest
+from normfree.images import SUFFIXES, to_rgb
 from normfree.training.instances import instances
 from normfree.training.shards import Shards, find_shards
 
@@ -191,7 +192,10 @@ def _shards(folder: Path, prefix: str) -> Data:
     train, test = map(Shards, paths)
     if not len(train) or not len(test):
         raise ValueError(f"the shards of {folder} hold {len(train)} training and {len(test)} test images")
-    return Data(1 + max(*train.labels, *test.labels), *_IMAGENET, train=train, test=test)
+    labels = {*train.labels, *test.labels}
+    if min(labels) < 0:
+        raise ValueError(f"the shards of {folder} have the label {min(labels)}; labels count from 0")
+    return Data(1 + max(labels), *_IMAGENET, train=train, test=test)
 
 
 class OfTimm:
@@ -221,14 +225,14 @@ class OfTimm:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if self.reader is None:
             image, label = self.dataset[index]
-            return image.convert("RGB"), int(label)
+            return to_rgb(image), int(label)
         file, label = self.reader[index]
         with file, Image.open(file) as image:
-            return image.convert("RGB"), int(label)
+            return to_rgb(image), int(label)
 
     def name(self, index: int) -> str:
-        """The file's."""
-        return str(self.reader.filename(index)) if self.reader is not None else f"image {index}"
+        """The file's, with its folder: training and test images may be called the same."""
+        return str(self.reader.filename(index, absolute=True)) if self.reader is not None else f"image {index}"
 
 
 def _image_folders(path: Path) -> tuple[OfTimm, OfTimm]:
@@ -247,7 +251,9 @@ def _image_folders(path: Path) -> tuple[OfTimm, OfTimm]:
 def _created(name: str, path: str, split: str, *others: str, **arguments: Any) -> OfTimm:
     """Of the first split that there is. Raises ValueError where timm cannot, FileNotFoundError for an empty folder."""
     from timm.data import create_dataset
+    from timm.data.readers import add_img_extensions
 
+    add_img_extensions(SUFFIXES)  # timm by itself would leave out all but .png and .jpg, without a word
     try:
         return OfTimm(create_dataset(name, root=path or None, split=split, **arguments))
     except (AssertionError, RuntimeError, ValueError) as error:

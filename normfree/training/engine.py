@@ -320,6 +320,8 @@ class Training:
                         self.accelerator.save(weights, path, safe_serialization=True)
         if not self.accelerator.is_main_process:
             return
-        draw([self.out], self.out / "curves.png")
+        with replacing(self.out / "curves.png") as path:
+            draw([self.out], path)
         if self.monitor is not None and self.monitor.rows:
-            self.monitor.draw(self.out / "signal.png")
+            with replacing(self.out / "signal.png") as path:
+                self.monitor.draw(path)

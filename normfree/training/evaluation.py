@@ -95,7 +95,10 @@ def load_run(run: str | Path, *, weights: str | Path | None = None, model: str |
     run, holder = _run_of(run), Path(run)
     recipe, described = folder.read(run)
     if ":" in recipe.model and not recipe.model.startswith(("timm:", "torchvision:")) and model != recipe.model:
-        raise ValueError(f"{run} would import and call {recipe.model}: name it as the model too, if you trust it")
+        raise ValueError(
+            f"{run} would import and call {recipe.model}: name it as the model too, if you trust it "
+            f"(normfree eval {run} --model {recipe.model}, or load_run({str(run)!r}, model={recipe.model!r}) in Python)"
+        )
     if model not in (None, recipe.model):
         raise ValueError(f"model is {model}, but {run} is a run of {recipe.model}")
     network = build(recipe, described)

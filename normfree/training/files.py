@@ -14,7 +14,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises TrainingError where it cannot be written.
     """
-    temporary = path.with_name(path.name + ".new")
+    temporary = path.with_name(f"new.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from normfree.images import SUFFIXES
+from normfree.images import SUFFIXES, to_rgb
 
 # What a file that is no image, a truncated one, or one of a broken format raises in Pillow.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -88,8 +88,7 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
     for name, file in files:
         try:
             with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
-                # Palettes with transparent colours warn unless they are converted by way of RGBA.
-                image = (opened.convert("RGBA") if "transparency" in opened.info else opened).convert("RGB")
+                image = to_rgb(opened)
         except (*UNREADABLE, zipfile.BadZipFile, zlib.error):
             unreadable.append(name)
             continue

@@ -27,9 +27,9 @@ class SignalMonitor:
         monitor.draw("signal.png")
 
     Every `every`-th forward pass in training mode, from the first on, is watched from outside; the others are not
-    touched. Branches are measured as they are, gradients as the loss gives them. Where several forward passes make a
-    step, the loop says so by setting `step` before each; of those of a step the first is watched. What is copied or
-    saved of the model meanwhile is not watched.
+    touched. Branches are measured as they are, gradients as the loss gives them; networks without residual joins are
+    measured at their weight layers. Where several forward passes make a step, the loop says so by setting `step` before
+    each; of those of a step the first is watched. What is copied or saved of the model meanwhile is not watched.
 
     path   a .csv file that grows by a row for each measured step and join; rows of `step` and later are written anew
     log    a function of a mapping of names to numbers and of the step, such as a tracker's
@@ -60,6 +60,7 @@ class SignalMonitor:
         self.rows: list[dict[str, Any]] = []
         self.table = None if path is None else Table(Path(path), COLUMNS)
         self._reader: Reader | None = None
+        self._weight_layers = True  # until the first measurement has found joins
         self._measured = -1
         self._scale = 1.0
         self._recording: contextlib.AbstractContextManager[None] | None = None
@@ -99,7 +100,12 @@ class SignalMonitor:
             self._measured, self._scale = step, self.loss_scale
             tape = Tape()
             self._reader = reader = Reader(module, tape)
-            self._recording = tape.record(module, tensors((args, kwargs)), on_gradient=reader.keep_gradient)
+            self._recording = tape.record(
+                module,
+                tensors((args, kwargs)),
+                reduce_weight_layers=self._weight_layers,
+                on_gradient=reader.keep_gradient,
+            )
             self._recording.__enter__()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -115,6 +121,7 @@ class SignalMonitor:
         assert self._reader is not None
         if whole:
             self._reader.read()
+            self._weight_layers = not self._reader.joins
         else:
             self._reader = None
 

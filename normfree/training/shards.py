@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from normfree.images import SUFFIXES
+from normfree.images import SUFFIXES, to_rgb
 
 
 class _Member(NamedTuple):
@@ -53,7 +53,7 @@ class Shards:
         with self.paths[member.shard].open("rb") as file:
             data = os.pread(file.fileno(), member.size, member.offset)
         with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB"), self._labels[index]
+            return to_rgb(image), self._labels[index]
 
     def name(self, index: int) -> str:
         """Of the file in its shard."""

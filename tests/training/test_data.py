@@ -83,6 +83,28 @@ def test_instances(archive, tmp_path):
     assert np.array_equal(np.asarray(lower), whole[16:, 32:])
 
 
+def test_images_of_any_format_and_depth(tmp_path):
+    """16 bits of grey are those of 8, no format is left out, and training and test images have names of their own."""
+    pixels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
+    for part in ("train", "val"):
+        for label, suffix in (("a", "png"), ("b", "webp"), ("c", "bmp"), ("d", "tif")):
+            (tmp_path / part / label).mkdir(parents=True)
+            deep = suffix in ("png", "tif")
+            image = Image.fromarray(pixels if deep else (pixels // 257).astype(np.uint8))
+            image.save(tmp_path / part / label / f"0.{suffix}")
+    data = load(f"imagefolder:{tmp_path}")
+    assert data.names == ("a", "b", "c", "d")
+    assert len(data.train) == len(data.test) == 4
+    for index in (0, 2, 3):
+        found = np.asarray(data.train[index][0]).astype(int)
+        assert found.shape == (48, 64, 3)
+        assert np.abs(found - (pixels / 257)[..., None]).max() <= 1
+    assert data.train.name(0) != data.test.name(0)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "train" / "a" / "0.png", format="TIFF")
+    with pytest.raises(ValueError, match="floating-point"):
+        load(f"imagefolder:{tmp_path}").train[0]
+
+
 def test_folders_of_classes_are_timm_s(tmp_path):
     for part, count in (("train", 3), ("val", 2)):
         for label in ("cat", "dog"):

@@ -81,6 +81,18 @@ def test_training_is_the_same_and_the_model_comes_back():
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_without_joins_weight_layers_are_measured():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    x = torch.randn(4, 3, 8, 8)
+    with SignalMonitor(model, every=2) as monitor:
+        for _ in range(3):
+            step(model, x)
+    assert [(row["step"], row["name"]) for row in monitor.rows] == [(s, n) for s in (0, 2) for n in ("0", "4")]
+    assert all(row["variance"] > 0 and row["gradient_variance"] > 0 for row in monitor.rows)
+    expected = characterize(model, x)
+    assert [record.name for record in expected] == ["0", "4"]
+
+
 def test_only_training_counts_and_a_loop_may_set_the_step():
     model, x = network(), torch.randn(2, 3, 64, 64)
     with SignalMonitor(model, every=10) as monitor:

@@ -76,6 +76,12 @@ def test_a_network_trains_on_them(folder, tmp_path):
     assert result.accuracy.examples == 2
 
 
+def test_labels_count_from_0(folder):
+    shard(folder / "pets-train-2.tar", {"9.png": png(9), "9.cls": b"-1"})
+    with pytest.raises(ValueError, match="have the label -1; labels count from 0"):
+        load(f"wds/pets:{folder}")
+
+
 def test_what_cannot_be_read(folder):
     with pytest.raises(FileNotFoundError, match=r"has no shards cars\*train\*\.tar"):
         load(f"wds/cars:{folder}")
