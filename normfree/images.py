@@ -1,4 +1,4 @@
-"""Batches of real images, to run a network on."""
+"""Real images: how files are read, and batches to run a network on."""
 
 from collections.abc import Callable
 from pathlib import Path

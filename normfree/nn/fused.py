@@ -149,7 +149,7 @@ def effective_parameters(
 
 
 def takes(weight: Tensor, gain: Tensor, bias: Tensor | None, *scales: Tensor | None) -> bool:
-    """Whether they can be given to `effective_parameters`, on a GPU, and no operation is traced.
+    """Whether they, on a GPU, can be given to `effective_parameters`, and no operation is traced.
 
     Whoever only looks at operations (counters, `characterize`) sees that of the layer and none on its weight: gradient
     checkpointing runs a layer again without those that looked, and must find the same.

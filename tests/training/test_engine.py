@@ -1,6 +1,7 @@
 """Trainings end to end: what they reach, leave behind, and survive."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -241,6 +242,17 @@ def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
         with pytest.raises(TrainingError, match=r"cannot write .*model\.safetensors: No space left"):
             train(TINY, out, resume="auto", quiet=True)
     assert (out / "model.safetensors").read_bytes() == before
+
+    def full_of_charts(chart, path):
+        path.write_bytes(b"cut off")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    chart = (out / "curves.png").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("normfree.training.curves.write", full_of_charts)
+        with pytest.raises(TrainingError, match=r"cannot write .*curves\.png: .*No space left"):
+            train(TINY, out, resume="auto", quiet=True)
+    assert (out / "curves.png").read_bytes() == chart
     assert not list(out.glob("new.*"))
 
 
