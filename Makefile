@@ -18,7 +18,7 @@ lint: .venv/installed
 
 # What a measurement costs, in time and memory.
 bench: .venv/installed
-	$(BIN)/python -m normfree.benchmarks.characterize
+	$(BIN)/python -m normfree.benchmarks.measurement_cost
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("normfree needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'

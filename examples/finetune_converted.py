@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from normfree.training import RECIPES, Recipe, train
-from normfree.training.data import load
+from normfree.training.data.datasets import load
 
 RATES = {"function": 0.02, "weights": 0.1}
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     data = load(options.data)
     base = replace(
-        RECIPES["digits"], model="normfree.studies.small_resnets:CifarResNet", model_args=("depth=20", "width=8"),
+        RECIPES["digits"], model="normfree.studies.cifar_resnets:CifarResNet", model_args=("depth=20", "width=8"),
         data=options.data, batch=64, lr=options.rate,
     )  # fmt: skip
 

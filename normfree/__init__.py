@@ -1,9 +1,9 @@
 """Deep networks without activation normalization, and the tools to see why they work."""
 
 from normfree import models, nn, signal
-from normfree.convert import convert, load_converted, param_groups
-from normfree.export import export
-from normfree.fold import fold
+from normfree.conversion import convert, load_converted, param_groups
+from normfree.exporting import export
+from normfree.folding import fold
 from normfree.models import create_model, from_pretrained, from_timm, list_models, load_haiku
 from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
 from normfree.signal import SignalError, SignalReport, characterize, compare

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.convert.layers import Copy, put
-from normfree.nn.scaled import ScaledWS
+from normfree.conversion.replacement import Copy, put
+from normfree.nn.scaled_layer import ScaledWS
 
 
 def per_sample_gradients(model: nn.Module) -> Any:

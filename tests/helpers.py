@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.models import create_model
-from normfree.models.checkpoints import load_haiku
+from normfree.models.haiku import load_haiku
 from tests.fixtures.recipe import make_input, make_param
 
 FIXTURES = Path(__file__).parent / "fixtures"

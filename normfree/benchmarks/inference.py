@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from normfree.benchmarks.measure import Setting, in_processes, interleave, ratios, serve
-from normfree.fold import fold, has_scaled_layers
+from normfree.folding import fold, has_scaled_layers
 
 PEERS = ("torchvision resnet50",)
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from normfree.benchmarks.networks import NETWORKS
+from normfree.benchmarks.peers import NETWORKS
 
 ALLOCATORS = {
     "default": "",

@@ -10,7 +10,7 @@ import tyro
 from normfree.benchmarks.inference import PEERS as INFERENCE_PEERS
 from normfree.benchmarks.inference import inference
 from normfree.benchmarks.measure import ALLOCATORS, Setting, machine
-from normfree.benchmarks.networks import NETWORKS
+from normfree.benchmarks.peers import NETWORKS
 from normfree.benchmarks.train_step import PEERS as TRAINING_PEERS
 from normfree.benchmarks.train_step import train_step
 from normfree.cli.output import announce, check_writable, show_table

@@ -9,13 +9,13 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from normfree.cli.networks import network_factory
+from normfree.cli.model_sources import network_factory
 from normfree.cli.output import announce, check_writable
-from normfree.convert import convert as convert_model
+from normfree.conversion import convert as convert_model
 from normfree.images import batch_function
 from normfree.signal import compare
-from normfree.signal.charts import SUFFIXES
-from normfree.signal.inputs import input_shape, noise
+from normfree.signal.figure import SUFFIXES
+from normfree.trace.inputs import input_shape, noise
 
 
 def convert(

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from normfree.cli.output import announce, progress, show_table
-from normfree.models.plan import RESNET_DEPTHS
+from normfree.models.block_plan import RESNET_DEPTHS
 from normfree.signal import SignalReport, compare
 from normfree.signal.verdicts import mean_to_variance
-from normfree.studies.signal_propagation import signal_propagation
+from normfree.studies.demo import signal_propagation
 
 
 def demo(depth: int = 50, seeds: int = 3, batch: int = 4, epochs: int = 2, out: Path = Path("normfree-report")) -> None:

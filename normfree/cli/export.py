@@ -5,10 +5,10 @@ from typing import Annotated
 
 import tyro
 
-from normfree.cli.networks import network_factory
+from normfree.cli.model_sources import network_factory
 from normfree.cli.output import announce, check_writable
-from normfree.export import Format
-from normfree.export import export as export_model
+from normfree.exporting import Format
+from normfree.exporting import export as export_model
 
 
 def export(

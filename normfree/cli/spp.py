@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from torch import Tensor, nn
 
-from normfree.cli.networks import network_factory
+from normfree.cli.model_sources import network_factory
 from normfree.cli.output import announce, check_writable, progress
 from normfree.images import batch_function
 from normfree.signal import SignalReport, characterize
-from normfree.signal.charts import SUFFIXES, compare
-from normfree.signal.inputs import input_shape, noise
+from normfree.signal.figure import SUFFIXES, compare
+from normfree.trace.inputs import input_shape, noise
 
 
 def spp(

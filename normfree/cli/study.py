@@ -30,7 +30,7 @@ def study(
         only: Train these rows and columns of the table; others are shown as far as they are there.
         out: Folder of the results; studies/NAME by default.
     """
-    from normfree.studies.claims import study as defined
+    from normfree.studies.definitions import study as defined
     from normfree.studies.results import table, write
     from normfree.studies.runner import run
 

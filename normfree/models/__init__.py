@@ -1,8 +1,8 @@
 """The paper's networks."""
 
-from normfree.models.checkpoints import load_haiku
 from normfree.models.fixup_resnet import FixUpResNet, FixUpResNetConfig
 from normfree.models.from_timm import from_timm
+from normfree.models.haiku import load_haiku
 from normfree.models.network import ResidualNetwork
 from normfree.models.nf_regnet import NFRegNet, NFRegNetConfig
 from normfree.models.nf_resnet import NFResNet, NFResNetConfig

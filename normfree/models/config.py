@@ -11,7 +11,7 @@ class NetworkConfig:
 
     depths: tuple[int, ...]  # blocks per stage
     width: float  # multiplies the channels of the stages
-    activation: str = "relu"  # a name of `normfree.nn.gain.ACTIVATIONS`
+    activation: str = "relu"  # a name of `normfree.nn.gains.ACTIVATIONS`
     drop_rate: float = 0.0  # dropout before the classifier
     stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
     num_classes: int = 1000  # 0: pooled features

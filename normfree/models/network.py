@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from normfree.models.block_plan import BlockPlan
 from normfree.models.config import NetworkConfig
-from normfree.models.plan import BlockPlan
 from normfree.nn.scales import Scales
 
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from normfree.models.block_plan import BlockPlan
 from normfree.models.config import NetworkConfig
-from normfree.models.plan import BlockPlan
 from normfree.nn import (
     AveragePool2d,
     PreActivationBlock,
@@ -16,7 +16,7 @@ from normfree.nn import (
     gain,
     make_activation,
 )
-from normfree.nn.gain import GainSource
+from normfree.nn.gains import GainSource
 
 
 @dataclass(frozen=True, kw_only=True)

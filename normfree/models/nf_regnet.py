@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normfree.models.block_plan import BlockPlan, plan_blocks
 from normfree.models.network import Head, ResidualNetwork
 from normfree.models.nf_blocks import NFBlocks, NFConfig
-from normfree.models.plan import BlockPlan, plan_blocks
 from normfree.nn import PreActivationBlock
 
 

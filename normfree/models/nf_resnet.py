@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+from normfree.models.block_plan import RESNET_DEPTHS, plan_resnet
 from normfree.models.network import Head, ResidualNetwork
 from normfree.models.nf_blocks import NFBlocks, NFConfig
-from normfree.models.plan import RESNET_DEPTHS, plan_resnet
 from normfree.nn import MaxPool2d
 
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import nn
 
+from normfree.models.block_plan import RESNET_DEPTHS, BlockPlan, plan_resnet
 from normfree.models.config import NetworkConfig
 from normfree.models.network import Head, ResidualNetwork
-from normfree.models.plan import RESNET_DEPTHS, BlockPlan, plan_resnet
 from normfree.nn import MaxPool2d, PostActivationBlock, PreActivationBlock, SkipInit, SqueezeExcite, make_activation
 from normfree.nn.blocks import init_truncated_normal
 from normfree.nn.conv import SameConv2d

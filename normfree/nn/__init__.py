@@ -11,9 +11,9 @@ from normfree.nn.blocks import (
     SqueezeExcite,
 )
 from normfree.nn.conv import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
-from normfree.nn.gain import gain, make_activation
+from normfree.nn.gains import gain, make_activation
 from normfree.nn.linear import ScaledWSLinear
-from normfree.nn.standardize import standardize
+from normfree.nn.standardization import standardize
 from normfree.nn.transposed import ScaledWSConvTranspose1d, ScaledWSConvTranspose2d, ScaledWSConvTranspose3d
 from normfree.nn.variance import VarianceLedger
 

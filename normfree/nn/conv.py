@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.recompute import recomputing
-from normfree.nn.scaled import SCALES_DOC, ScaledWS
+from normfree.nn.scaled_layer import SCALES_DOC, ScaledWS
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.scaled import SCALES_DOC, ScaledWS
+from normfree.nn.scaled_layer import SCALES_DOC, ScaledWS
 
 
 class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]

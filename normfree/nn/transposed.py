@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.scaled import SCALES_DOC, ScaledWS
+from normfree.nn.scaled_layer import SCALES_DOC, ScaledWS
 
 _Transpose = nn.modules.conv._ConvTransposeNd
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import SignalError
-from normfree.signal.inputs import as_call, describe, map_tensors, noise, tensors
-from normfree.signal.preparation import (
+from normfree.signal.reader import Reader
+from normfree.signal.report import SignalRecord, SignalReport
+from normfree.trace.inputs import as_call, describe, map_tensors, noise, tensors
+from normfree.trace.joins import Join
+from normfree.trace.preparation import (
     closed_multipliers,
     closed_parameters,
     is_normalizer,
@@ -18,10 +21,7 @@ from normfree.signal.preparation import (
     opened,
     standardizes,
 )
-from normfree.signal.records import Reader
-from normfree.signal.report import SignalRecord, SignalReport
-from normfree.signal.residual import Join
-from normfree.signal.tape import Tape
+from normfree.trace.tape import Tape
 
 
 def characterize(

@@ -145,7 +145,7 @@ class SignalReport:
         Raises ValueError for another suffix, OSError where the file cannot be written, ImportError for charts without
         the extra "charts".
         """
-        from normfree.signal.charts import compare
+        from normfree.signal.figure import compare
 
         return compare([self]).save(path)
 
@@ -161,6 +161,6 @@ class SignalReport:
         return table.rich_text(self) if sys.stdout.isatty() else table.plain_text(self)
 
     def _repr_html_(self) -> str:
-        from normfree.signal.charts import compare
+        from normfree.signal.figure import compare
 
         return compare([self])._repr_html_()

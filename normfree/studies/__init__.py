@@ -1,0 +1,1 @@
+"""The paper's claims as studies: definitions, trainings, tables and figures."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from normfree.plotting import COLORS, altair, write
-from normfree.studies.beside import macs, measured
-from normfree.studies.ledger import Entry, Study
+from normfree.studies.columns import macs, measured
+from normfree.studies.study import Entry, Study
 
 _TITLES = {"macs": "million multiply-accumulates of an image", "seconds": "seconds to train"}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.studies.charts import draw_signal, draw_study
-from normfree.studies.ledger import Entry, Study
+from normfree.studies.study import Entry, Study
 
 
 def text(entry: Entry) -> str:

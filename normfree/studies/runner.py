@@ -11,9 +11,9 @@ from typing import Any
 
 from normfree.errors import NotFiniteError, SingleValueError
 from normfree.studies import results
-from normfree.studies.ledger import Cell, Entry, Ledger, Study, Training, fingerprint
+from normfree.studies.study import Cell, Entry, Ledger, Study, Training, fingerprint
 from normfree.training import Recipe, train
-from normfree.training.data import Data, load
+from normfree.training.data.datasets import Data, load
 from normfree.training.setup import together
 
 

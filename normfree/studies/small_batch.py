@@ -10,7 +10,7 @@ from typing import Any
 from normfree.errors import NotFiniteError
 from normfree.plotting import COLORS, altair
 from normfree.training import RECIPES, train
-from normfree.training.curves import points
+from normfree.training.run.curves import points
 
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "BatchNorm": ("bn_resnet26", ()),

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from normfree.errors import NotFiniteError, TrainingError
-from normfree.training import folder
-from normfree.training.batches import Batch
-from normfree.training.checkpoint import Checkpoints, Position, read_position, restore
-from normfree.training.data import Data, load
+from normfree.files import replacing
+from normfree.signal.monitor import SignalMonitor
+from normfree.training.data.batches import Batch
+from normfree.training.data.datasets import Data, load
 from normfree.training.evaluation import Accuracy, evaluate, too_many
-from normfree.training.faults import locate
-from normfree.training.files import replacing
 from normfree.training.interruption import Interruption
-from normfree.training.log import COLUMNS, Screen, Table
-from normfree.training.monitor import SignalMonitor
-from normfree.training.recipe import Recipe
+from normfree.training.nonfinite import locate
+from normfree.training.recipes import Recipe
+from normfree.training.run import folder
+from normfree.training.run.checkpoint import Checkpoints, Position, read_position, restore
+from normfree.training.run.screen import COLUMNS, Screen, Table
 from normfree.training.setup import Setup, accelerated
 from normfree.training.sharding import finite
 from normfree.training.step import Outcome, Step
@@ -310,7 +310,7 @@ class Training:
         self.saved = self.position
 
     def _finish(self) -> None:
-        from normfree.training.curves import draw
+        from normfree.training.run.curves import draw
 
         for name, model in (("model", self.setup.model), ("model_ema", self.setup.averaged)):
             if model is not None:

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.convert import Plan
+from normfree.conversion import Plan
 from normfree.errors import TrainingError
-from normfree.training import data as datasets
-from normfree.training import folder
-from normfree.training.batches import Batch, Examples, Parts, loader
-from normfree.training.model import build, load_weights, model_channels, sizes
+from normfree.training.build import build, load_weights, model_channels, sizes
+from normfree.training.data import datasets
+from normfree.training.data.batches import Batch, Examples, Parts, loader
+from normfree.training.data.transforms import Normalization, testing_transform
+from normfree.training.run import folder
 from normfree.training.setup import accelerated, testing_order
-from normfree.training.transforms import Normalization, testing_transform
 
 
 @dataclass(frozen=True)

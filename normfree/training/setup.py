@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from normfree.convert import Plan, convert
-from normfree.training.batches import Examples, Order, Parts, collate, loader
-from normfree.training.data import Data, Fewer
-from normfree.training.mixing import Mixing
-from normfree.training.model import (
+from normfree.conversion import Plan, convert
+from normfree.training.build import (
     build,
     check_runs,
     classifiers,
@@ -23,9 +20,12 @@ from normfree.training.model import (
     values,
     weight_decay,
 )
-from normfree.training.recipe import Recipe
+from normfree.training.data.batches import Examples, Order, Parts, collate, loader
+from normfree.training.data.datasets import Data, Fewer
+from normfree.training.data.mixing import Mixing
+from normfree.training.data.transforms import Normalization, testing_transform, training_transform
+from normfree.training.recipes import Recipe
 from normfree.training.sharding import configure
-from normfree.training.transforms import Normalization, testing_transform, training_transform
 
 _CALIBRATION = 64  # images that a conversion sets the signal on
 

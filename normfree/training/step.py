@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from normfree.errors import SingleValueError
-from normfree.training.batches import Batch
+from normfree.signal.monitor import SignalMonitor
+from normfree.training.data.batches import Batch
 from normfree.training.evaluation import accumulator, totals
-from normfree.training.monitor import SignalMonitor
 from normfree.training.setup import Setup
 from normfree.training.sharding import whole
 

@@ -13,7 +13,7 @@ from normfree import characterize, fold, from_timm
 from normfree.benchmarks.measure import kept_bytes
 from normfree.nn import PreActivationBlock, ScaledWSConv2d
 from tests.helpers import assert_close
-from tests.test_fold import shaken
+from tests.test_folding import shaken
 
 MOST_PARAMETERS = 150e6  # of which there are three copies at a time
 

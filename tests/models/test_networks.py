@@ -9,7 +9,7 @@ from normfree import create_model, list_models
 from normfree.models.cost import cost
 from normfree.nn import ScaledWSConv2d
 from tests.helpers import assert_close, reference_json
-from tests.test_fold import shaken
+from tests.test_folding import shaken
 
 ZOO = reference_json("zoo_reference.json")
 OURS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normfree import characterize
-from normfree.models.checkpoints import haiku_key, load_haiku
+from normfree.models.haiku import haiku_key, load_haiku
 from tests.fixtures.recipe import make_param
 from tests.helpers import FIXTURES, assert_close, block_statistics, reference_arrays, reference_network
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normfree.benchmarks.networks import PlainResNet, ours
+from normfree.benchmarks.peers import PlainResNet, ours
 from normfree.models import create_model
 from normfree.nn import MaxPool2d, SqueezeExcite, VarianceLedger
 from tests.helpers import assert_close, nchw, reference_arrays

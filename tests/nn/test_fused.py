@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from normfree import characterize, create_model
 from normfree.nn import ScaledWSConv2d, ScaledWSLinear
-from normfree.nn.scaled import ScaledWS
+from normfree.nn.scaled_layer import ScaledWS
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normfree import create_model
 from normfree.benchmarks.measure import kept_bytes
-from normfree.benchmarks.networks import PlainResNet, ours
+from normfree.benchmarks.peers import PlainResNet, ours
 from normfree.nn import ScaledWSConv2d
 from normfree.nn.recompute import recomputing_activation
 from tests.helpers import assert_close

@@ -9,10 +9,10 @@ import pytest
 
 from normfree.models import create_model
 from normfree.studies import runner
-from normfree.studies.claims import STUDIES, study
-from normfree.studies.ledger import Cell, Ledger, Study, fingerprint
+from normfree.studies.definitions import STUDIES, study
 from normfree.studies.results import table, write
 from normfree.studies.runner import entries, run
+from normfree.studies.study import Cell, Ledger, Study, fingerprint
 from normfree.training import RECIPES, Result
 from normfree.training.evaluation import Accuracy
 

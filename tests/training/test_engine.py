@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, engine, evaluate_run, train
-from normfree.training.data import Arrays, load
-from normfree.training.faults import locate
+from normfree.training.data.datasets import Arrays, load
+from normfree.training.nonfinite import locate
 from tests.training.tiny import TINY, command, rows, same_weights
 
 RANDOM = dataclasses.replace(
@@ -105,7 +105,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_ends_well(number, tmp_path):
 def test_parts_of_one_class_change_nothing_but_for_batch_norm(tmp_path):
     """The same batches, cut into parts of one class each or mixed: one normalizer-free network, two with BatchNorm."""
     differences = {}
-    small = ("normfree.studies.small_resnets:CifarResNet", ("depth=8", "width=4"))
+    small = ("normfree.studies.cifar_resnets:CifarResNet", ("depth=8", "width=4"))
     for name, (model, arguments), converted in (
         ("nf", ("nf_resnet26", TINY.model_args), False),
         ("bn", ("bn_resnet26", TINY.model_args), False),
@@ -219,7 +219,7 @@ def test_unreadable_images_are_named_and_counted_by_eval(tmp_path, monkeypatch):
     whole = load("digits")
     for last, spoiled in ((300, 3), (359, 4)):
         data = dataclasses.replace(whole, test=Broken(whole.test.images[:last], whole.test.labels[:last]))
-        monkeypatch.setattr("normfree.training.data.load", lambda spec, data=data: data)
+        monkeypatch.setattr("normfree.training.data.datasets.load", lambda spec, data=data: data)
         if spoiled > 3:
             with pytest.raises(TrainingError, match="4 images cannot be read, more than max_unreadable=3: image 1 "):
                 evaluate_run(tmp_path / "run")
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
 
     chart = (out / "curves.png").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("normfree.training.curves.write", full_of_charts)
+        patch.setattr("normfree.training.run.curves.write", full_of_charts)
         with pytest.raises(TrainingError, match=r"cannot write .*curves\.png: .*No space left"):
             train(TINY, out, resume="auto", quiet=True)
     assert (out / "curves.png").read_bytes() == chart

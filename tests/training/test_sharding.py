@@ -82,7 +82,7 @@ def test_mixed_precision_is_that_of_whole_parameters(tmp_path):
 
 def test_a_converted_network_can_be_sharded(tmp_path):
     recipe = dataclasses.replace(
-        RECIPE, model="normfree.studies.small_resnets:CifarResNet", model_args=("depth=8", "width=4"), convert=True,
+        RECIPE, model="normfree.studies.cifar_resnets:CifarResNet", model_args=("depth=8", "width=4"), convert=True,
         ema=0.0, clip_adaptive=0.0, clip_norm=0.5, accumulate=2,
     )  # fmt: skip
     train(recipe, tmp_path / "whole", quiet=True)

@@ -1,0 +1,117 @@
+"""What `characterize` costs: time and peak memory beside one plain `no_grad` forward in the same modes.
+
+    python -m normfree.benchmarks.measurement_cost [--rounds 9] [--depths 50 288] [--batch 8]
+
+Both sides of a ratio run in turn in one process; peak memory is that of separate processes, above what is there
+before the run (the model and its input).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfree.models import create_model
+from normfree.signal import characterize
+from normfree.trace.preparation import measuring
+
+TIME_LIMIT, MEMORY_LIMIT = 1.6, 1.10
+
+
+def plain(model: nn.Module, x: Tensor) -> None:
+    """A forward pass in the modes of a measurement."""
+    with torch.no_grad(), measuring(model, batch_stats=True):
+        model(x)
+
+
+def timed(function: Callable[..., Any], *args: Any) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def time_ratio(depth: int, batch: int, rounds: int) -> dict[str, float]:
+    """Times of `characterize` and of a plain forward, interleaved."""
+    model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
+    plain(model, x)
+    characterize(model, x)
+    pairs = [(timed(characterize, model, x), timed(plain, model, x)) for _ in range(rounds)]
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "characterize_s": statistics.median(a for a, _ in pairs),
+        "forward_s": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+    }
+
+
+def peak_bytes(depth: int, batch: int, what: str) -> int:
+    """Peak resident memory that a run adds, in a process of its own."""
+    out = subprocess.run(
+        [sys.executable, __file__, "--peak", what, "--depths", str(depth), "--batch", str(batch)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(out.stdout.split()[-1])
+
+
+def print_peak(depth: int, batch: int, what: str) -> None:
+    """What the process that `peak_bytes` starts does."""
+    model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
+    characterize(create_model("nf_resnet26", width=1), torch.randn(2, 3, 64, 64))  # imports, thread pools, kernels
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    run: Callable[..., Any] = plain if what == "plain" else characterize
+    run(model, x)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at their peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    """Measure, print, and fail if a limit is exceeded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--depths", type=int, nargs="+", default=[50, 288])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--peak", choices=["plain", "characterize"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(options.depths[0], options.batch, options.peak)
+        return
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}, load {os.getloadavg()[0]:.2f}, batch {options.batch}×3×224×224")
+    results = {}
+    for depth in options.depths:
+        row = time_ratio(depth, options.batch, options.rounds)
+        peaks = {what: statistics.median(peak_bytes(depth, options.batch, what) for _ in range(7))
+                 for what in ("plain", "characterize")}  # fmt: skip
+        row |= {f"peak_{what}": peak for what, peak in peaks.items()}
+        row["memory_ratio"] = peaks["characterize"] / peaks["plain"]
+        results[f"nf_resnet{depth}"] = row
+        time_range = f"[{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
+        print(f"nf_resnet{depth}: time {row['ratio']:.2f} {time_range} of a forward's {row['forward_s']:.2f} s, "
+              f"limit {TIME_LIMIT}; peak memory {row['memory_ratio']:.3f} of a forward's "
+              f"{peaks['plain'] / 2**20:.0f} MiB, limit {MEMORY_LIMIT}")  # fmt: skip
+    print(json.dumps(results))
+    if any(row["ratio"] > TIME_LIMIT or row["memory_ratio"] > MEMORY_LIMIT for row in results.values()):
+        sys.exit("a limit is exceeded")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What normalizes what: read from a run's tape, for any topology."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from normfree.trace.joins import Join, find_joins
+from normfree.trace.operations import GATES, VIEWS
+from normfree.trace.tape import Node, Tape
+
+# What shares its input's memory, or may.
+_ALIASES = (VIEWS - {"clone", "roll", "_to_copy"}) | {
+    "as_strided", "chunk", "narrow", "select", "slice", "split", "split_with_sizes", "unbind",
+}  # fmt: skip
+_GATES = GATES | {"tanh", "tanh_"}
+_PRODUCTS = {"mul", "mul_"}
+
+
+@dataclass
+class Structure:
+    """How the normalizers of a network stand to its weight layers, by paths of modules."""
+
+    sources: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Of every normalizer that ran: the weight layers whose outputs it normalizes, the nearest on each way."""
+    of_input: set[str] = field(default_factory=set)
+    """Normalizers that take the network's input, or a part of it, past all weight layers."""
+    direct: dict[str, str] = field(default_factory=dict)
+    """Normalizer -> weight layer, where it takes the layer's output as it is, and nothing else takes that."""
+    ends: set[str] = field(default_factory=set)
+    """Weight layers that end a residual branch."""
+    overwritten: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Normalizer -> modules that write into its output."""
+
+
+def read_structure(tape: Tape, norms: set[str]) -> Structure:
+    """The structure of a run in which the modules of these paths normalized."""
+    nodes = tape.nodes
+    children: dict[int, list[Node]] = defaultdict(list)
+    for node in nodes:
+        for parent in node.parents:
+            children[parent].append(node)
+    found = Structure()
+    inputs: dict[str, set[int]] = defaultdict(set)  # normalizer -> nodes that it takes
+    for node in nodes:
+        norm = _owner(node.module, norms)
+        if norm is not None:
+            inputs[norm] |= {parent for parent in node.parents if _owner(nodes[parent].module, norms) != norm}
+    calls: dict[str, set[int]] = defaultdict(set)  # weight layer -> its nodes
+    for node in nodes:
+        if node.weight_layer:
+            calls[node.module].add(node.index)
+    for norm, taken in inputs.items():
+        reached = [_weight_layers(nodes, index, {}) for index in taken]
+        found.sources[norm] = {nodes[layer].module for before, _ in reached for layer in before}
+        if any(is_input for _, is_input in reached):
+            found.of_input.add(norm)
+        layers = {layer for index in taken if (layer := _as_it_is(nodes, index)) is not None}
+        whole = len(found.sources[norm]) == 1 and calls[next(iter(found.sources[norm]))] == layers
+        alone = all(_owner(c.module, norms) == norm for layer in layers for c in _users(layer, children))
+        if whole and alone and _on_channels(nodes, norm):
+            found.direct[norm] = nodes[next(iter(layers))].module
+    for node in nodes:
+        norm = _owner(node.module, norms)
+        if norm is not None:
+            found.overwritten[norm] |= {writer.module for writer in _writers(node.index, children)}
+    found.ends = {path for _, paths in branch_ends(tape).values() for path in paths}
+    return found
+
+
+def branch_ends(tape: Tape) -> dict[int, tuple[int, set[str]]]:
+    """Of the joins' nodes: which operand is the branch that a weight layer ends, and the paths of those that do.
+
+    They are several where branches are concatenated, or where parallel ones are added before they join a residual
+    stream; there the last join counts. An operand that is a residual stream itself is no branch.
+    """
+    joins = {join.node: join for join in find_joins(tape)}
+    chosen: dict[int, tuple[int, int]] = {}  # by call of a weight layer
+    for join in joins.values():
+        for operand in (join.branch, join.past):
+            layers, is_stream = _weight_layers(tape.nodes, operand, joins)
+            if not is_stream:
+                chosen |= dict.fromkeys(layers, (join.node, operand))
+                break
+    found: dict[int, tuple[int, set[str]]] = {}
+    for layer, (node, operand) in chosen.items():
+        found.setdefault(node, (operand, set()))[1].add(tape.nodes[layer].module)
+    return found
+
+
+def _weight_layers(nodes: Sequence[Node], start: int, joins: Mapping[int, Join]) -> tuple[set[int], bool]:
+    """The nearest weight layers before a node, or itself, gates left aside; and whether an input, or a residual stream,
+    is reached past them: one of `joins` whose shortcut has no weights.
+    """
+    layers, is_stream = set(), False
+    seen, stack = {start}, [start]
+    while stack:
+        node = nodes[stack.pop()]
+        if node.weight_layer:
+            layers.add(node.index)
+            continue
+        if not node.parents or (node.index in joins and joins[node.index].shortcut != "projection"):
+            is_stream = True
+            continue
+        for parent in _signal_parents(nodes, node):
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return layers, is_stream
+
+
+def _signal_parents(nodes: Sequence[Node], node: Node) -> tuple[int, ...]:
+    """Parents but for the gate of a product: what a squeeze-excite multiplies by is not the signal."""
+    if node.op not in _PRODUCTS or len(node.parents) < 2:
+        return node.parents
+    signal = [p for p in node.parents if nodes[p].shape == node.shape and not _is_gate(nodes, p)]
+    return tuple(signal) or node.parents
+
+
+def _is_gate(nodes: Sequence[Node], index: int) -> bool:
+    node = nodes[index]
+    while len(node.parents) == 1 and (node.op in VIEWS or node.factor is not None):
+        node = nodes[node.parents[0]]
+    return node.op in _GATES
+
+
+def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:
+    """The weight layer whose output this is, in another view at most."""
+    node = nodes[index]
+    while not node.weight_layer:
+        if len(node.parents) != 1 or node.op not in VIEWS:
+            return None
+        node = nodes[node.parents[0]]
+    return node.index
+
+
+def _on_channels(nodes: Sequence[Node], norm: str) -> bool:
+    """Whether the scale and shift of a normalizer are those of its input's channels, not of another axis."""
+    for node in nodes:
+        if node.module == norm and any(kind in node.op for kind in ("batch_norm", "group_norm", "layer_norm")):
+            taken = nodes[node.parents[0]]
+            axis = len(taken.shape) - 1 if "layer_norm" in node.op else 1
+            if taken.channel_axis not in (None, axis):
+                return False
+    return True
+
+
+def _users(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
+    """What takes a node's values, through views."""
+    for child in children[index]:
+        if child.op in VIEWS:
+            yield from _users(child.index, children) if children[child.index] else (child,)
+        else:
+            yield child
+
+
+def _writers(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
+    """What writes into a node's memory."""
+    for child in children[index]:
+        if child.op.endswith("_"):
+            yield child
+        elif child.op in _ALIASES:
+            yield from _writers(child.index, children)
+
+
+def _owner(module: str, paths: set[str]) -> str | None:
+    """The path among `paths` that a module is, or is in."""
+    while module:
+        if module in paths:
+            return module
+        module = module.rpartition(".")[0]
+    return None
+
+
+def norm_paths(model: nn.Module, kinds: tuple[type[nn.Module], ...], names: frozenset[str]) -> set[str]:
+    """Paths of the normalizers of these classes, or of classes of these names."""
+    return {path for path, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ in names}

@@ -1,0 +1,111 @@
+"""Networks for other runtimes: ONNX, and PyTorch's exported programs."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfree.folding import fold, has_scaled_layers
+
+Format = Literal["onnx", "pt2"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file, and how far its outputs are from the network's."""
+
+    path: Path
+    difference: float  # largest absolute, over two batch sizes and two image sizes
+    largest: float  # absolute value among the network's outputs
+
+
+def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -> Exported:
+    """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, and run the file to check it.
+
+    Batch size, height and width are dynamic. `size` is that of the example the program is made from, in pixels; the
+    number of channels is the model's first convolution's. The model is not changed. ONNX needs
+    `pip install 'normfree[export]'`.
+
+    Raises ValueError for another format, for a model without convolutions, for a file whose outputs differ by more than
+    1e-4 (of the largest output, if that is above 1) and for one that takes no other image size, as where the example
+    is so small that a stage has one position; ImportError where a package is missing, and what `torch.export` raises
+    for a model that it cannot take.
+    """
+    if to not in ("onnx", "pt2"):
+        raise ValueError(f"to is {to!r}; it must be 'onnx' or 'pt2'")
+    if size < 1:
+        raise ValueError(f"size is {size}; it must be at least 1 pixel")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f"{type(model).__name__} has no 2-D convolution: the shape of its images is not known")
+    model = fold(model) if has_scaled_layers(model) else model
+    was_training = [module for module in model.modules() if module.training]
+    path = Path(path)
+    try:
+        model.eval()
+        with torch.no_grad():
+            like = first.weight.detach()
+            x = like.new_empty(2, first.in_channels, size, size).normal_()
+            axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+            program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
+            if to == "pt2":
+                torch.export.save(program, path)
+            else:
+                _to_onnx(program, path)
+            return _check(model, path, to, x)
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _to_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX needs onnx and onnxscript: pip install 'normfree[export]' ({error})") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            program, (), path, dynamo=True, input_names=["images"], output_names=["output"],
+            external_data=False, verbose=False,
+        )  # fmt: skip
+
+
+def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
+    run = _runner(path, to)
+    difference = largest = 0.0
+    height, width = x.shape[-2:]
+    for images in (x, x.new_empty(3, x.shape[1], height + 33, width + 18).normal_()):
+        expected = model(images)
+        try:
+            outputs = run(images)
+        except (AssertionError, RuntimeError) as error:  # a guard of the program
+            shape = "x".join(map(str, images.shape[-2:]))
+            raise ValueError(
+                f"{path} is written, but takes no images of {shape}: made from an example of {height} pixels, in which "
+                f"a stage may have a single position, which then counts as constant; take a larger size ({error})"
+            ) from error
+        distance = (outputs.to(expected.device) - expected).abs().max().item()
+        difference = distance if math.isnan(distance) else max(difference, distance)
+        largest = max(largest, expected.abs().max().item())
+    if not difference <= 1e-4 * max(1.0, largest):  # nor NaN
+        raise ValueError(f"{path} is written, but its outputs differ by {difference:.3g} from the network's")
+    return Exported(path, difference, largest)
+
+
+def _runner(path: Path, to: Format) -> Any:
+    if to == "pt2":
+        return torch.export.load(path).module()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is written, but not checked: pip install 'normfree[export]' for onnxruntime ({error})"
+        ) from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])

@@ -1,0 +1,283 @@
+"""Signal propagation plots, and the page around them."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from normfree.plotting import COLORS, altair, vl_convert, write
+from normfree.signal import table
+from normfree.signal.formats import to_csv, to_json
+from normfree.signal.report import SignalReport
+
+_PANELS = {
+    "squared_mean": "Average channel squared mean",
+    "variance": "Average channel variance",
+    "residual_variance": "Residual average channel variance",
+}
+_GRADIENT_PANELS = {
+    "gradient_squared_mean": "Gradient: squared mean",
+    "gradient_variance": "Gradient: variance",
+    "gradient_residual_variance": "Gradient: residual variance",
+}
+_ROUNDING = 1e-12
+SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
+
+
+def compare(
+    reports: SignalReport | Sequence[SignalReport] | Mapping[str, SignalReport | Sequence[SignalReport]],
+    title: str = "",
+    *,
+    below: Sequence[Any] = (),
+) -> "SignalFigure":
+    """Several models in one figure: the paper's three panels on logarithmic axes (Brock et al. 2021, figure 1).
+
+    `reports` is a sequence, or a mapping from the label of a row of panels to its reports. Models of the same name in
+    several rows share a colour; within a row, later ones of the same name are numbered. Altair charts in `below` stand
+    under the panels.
+
+    Raises ValueError where there is no report, and, at saving, ImportError without the extra "charts".
+    """
+    by_label = reports if isinstance(reports, Mapping) else {"": reports}
+    rows = {label: [row] if isinstance(row, SignalReport) else list(row) for label, row in by_label.items()}
+    if not any(rows.values()):
+        raise ValueError("there is no report to draw")
+    return SignalFigure({label: row for label, row in rows.items() if row}, title, below)
+
+
+class SignalFigure:
+    """Signal propagation plots of some reports: `save` it, or look at it in a notebook."""
+
+    def __init__(self, rows: dict[str, list[SignalReport]], title: str, below: Sequence[Any] = ()) -> None:
+        self.rows = rows
+        self.title = title
+        self.below = below
+
+    def to_vega_lite(self, titled: bool = False) -> dict[str, Any]:
+        """The chart as a Vega-Lite specification; titled, it stands alone as a picture that nobody clicks on."""
+        alt = altair()
+        rows = {label: _named(reports) for label, reports in self.rows.items()}
+        names = list(dict.fromkeys(name for row in rows.values() for name, _ in row))
+        shown = alt.selection_point(
+            name="shown", fields=["model"], bind="legend", toggle="true", empty=False,
+            value=[{"model": name} for name in names],
+        )  # fmt: skip
+        color = alt.Color("model:N", title="model" if titled else "model (click to hide or show)", sort=names).scale(
+            domain=names, range=[COLORS[i % len(COLORS)] for i in range(len(names))]
+        )
+        lines: list[Any] = []
+        for label, row in rows.items():
+            data = [point for name, report in row for point in _points(name, report)]
+            for panels in (_PANELS, _GRADIENT_PANELS):
+                charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
+                charts = [chart for chart in charts if chart is not None]
+                if not charts:
+                    continue
+                if not lines:
+                    # The selection belongs to one view; the others refer to it by its name.
+                    charts[0].layer[0] = charts[0].layer[0].add_params(shown)
+                line = alt.hconcat(*charts, spacing=24)
+                lines.append(line.properties(title=alt.Title(label, anchor="start", fontSize=13)) if label else line)
+        chart = alt.vconcat(*lines, spacing=28)
+        if self.below:
+            chart = alt.vconcat(chart, *self.below, spacing=28).resolve_scale(color="independent")
+        if titled and self.title:
+            caption = self._caption()
+            chart = chart.properties(
+                title=alt.Title(self.title, subtitle=caption, anchor="start", fontSize=16, offset=12)
+            )
+        chart = (
+            chart.configure_axis(labelFontSize=11, titleFontSize=12, gridOpacity=0.5)
+            .configure_legend(
+                labelFontSize=12,
+                titleFontSize=12,
+                labelLimit=0,
+                titleLimit=0,
+                symbolStrokeWidth=3,
+                orient="top",
+                columns=4,
+            )
+            .configure_view(stroke="#cccccc")
+        )
+        return dict(chart.to_dict())
+
+    def _caption(self) -> str:
+        """What the marks mean, those that are there."""
+        reports = [report for row in self.rows.values() for report in row]
+        words = []
+        if any(report.seeds > 1 for report in reports):
+            words.append("Lines: mean over the seeds; bands: from the lowest to the highest.")
+        if any(record.expected_variance for report in reports for record in report):
+            words.append("Dashed: the variance that the network expects of itself.")
+        return " ".join(words)
+
+    def save(self, path: str | Path) -> Path:
+        """Write .html (one file that needs no network), .png or .svg, or the numbers as .csv or .json.
+
+        Raises ValueError for another suffix.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        reports = [report for row in self.rows.values() for report in row]
+        if suffix == ".json":
+            path.write_text(to_json(reports), encoding="utf-8")
+        elif suffix == ".csv":
+            path.write_text(to_csv(reports), encoding="utf-8")
+        elif suffix == ".html":
+            path.write_text(self.to_html(), encoding="utf-8")
+        elif suffix in (".svg", ".png"):
+            write(self.to_vega_lite(titled=True), path)
+        else:
+            raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(SUFFIXES)}")
+        return path
+
+    def to_html(self) -> str:
+        """The page: interactive chart, verdicts, and a table per report."""
+        title = self.title or "Signal propagation"
+        # "<" cannot appear in the JSON, so no module's name can end the script element.
+        spec = json.dumps(self.to_vega_lite()).replace("<", "\\u003c")
+        return _PAGE.format(
+            title=html.escape(title),
+            caption=self._caption(),
+            sections=self._sections(),
+            spec=spec,
+            bundle=vl_convert().javascript_bundle(),
+        )
+
+    def _repr_html_(self) -> str:
+        return vl_convert().vegalite_to_svg(self.to_vega_lite(titled=True)) + self._sections()
+
+    def _sections(self) -> str:
+        """Verdicts and a table per report, as HTML."""
+        return "".join(
+            _section(name, label, report) for label, row in self.rows.items() for name, report in _named(row)
+        )
+
+
+def _named(reports: Sequence[SignalReport]) -> list[tuple[str, SignalReport]]:
+    named: dict[str, SignalReport] = {}
+    for report in reports:
+        name, number = report.model, 1
+        while name in named:
+            number += 1
+            name = f"{report.model} ({number})"
+        named[name] = report
+    return list(named.items())
+
+
+def _points(name: str, report: SignalReport) -> list[dict[str, Any]]:
+    """One row of data per record and statistic; what a logarithmic axis cannot show is left out: not finite, zero, and
+    the rounding that stands for zero where a normalizer has just centered the channels."""
+    points = []
+    for position, record in enumerate(report, 1):
+        for statistic in (*_PANELS, *_GRADIENT_PANELS):
+            value = getattr(record, statistic)
+            if value is None or not math.isfinite(value) or value <= _ROUNDING * record.variance:
+                continue
+            samples = record.samples.get(statistic, (value,))
+            points.append(
+                {
+                    "model": name,
+                    "statistic": statistic,
+                    "block": position,
+                    "module": record.name,
+                    "stage": record.stage,
+                    "shape": "×".join(map(str, record.shape)),
+                    "shortcut": record.shortcut,
+                    "value": value,
+                    "low": max(min(samples), value * 1e-6),
+                    "high": max(samples),
+                    "expected": record.expected_variance if statistic == "variance" else None,
+                }
+            )
+    return points
+
+
+def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, color: Any) -> Any:
+    """One panel, or None where there is nothing that it could show."""
+    data = [point for point in data if point["statistic"] == statistic]
+    if not data:
+        return None
+    axis_title = "residual block" if data[0]["shortcut"] != "none" else "weight layer"
+    x = alt.X("block:Q", title=axis_title, axis=alt.Axis(tickMinStep=1, format="d")).scale(nice=False, padding=8)
+    log = alt.Scale(type="log", nice=True)
+    label = "abs(log(datum.value)) < 7 ? format(datum.value, '~r') : format(datum.value, '.0e')"
+    axis = alt.Axis(values=_ticks([p[key] for p in data for key in ("low", "high")]), labelExpr=label)
+    y = alt.Y("value:Q", title=None, axis=axis).scale(log)
+    tooltip = [
+        "model:N", "module:N", "stage:Q", "shape:N", "shortcut:N",
+        alt.Tooltip("value:Q", format=".4g", title=title.lower()),
+        alt.Tooltip("low:Q", format=".4g", title="lowest seed"),
+        alt.Tooltip("high:Q", format=".4g", title="highest seed"),
+        alt.Tooltip("expected:Q", format=".4g", title="expected"),
+    ]  # fmt: skip
+    base = alt.Chart(alt.Data(values=data)).transform_filter({"param": "shown", "empty": False})
+    band = base.mark_area(fillOpacity=0.2).encode(x, alt.Y("low:Q").scale(log), alt.Y2("high:Q"), color)
+    expected = base.mark_line(strokeDash=[3, 3], strokeWidth=1, opacity=0.8).encode(
+        x, alt.Y("expected:Q").scale(log), color
+    )
+    line = base.mark_line(strokeWidth=2).encode(x, y, color)
+    dots = base.mark_circle(size=36, opacity=1).encode(x, y, color, tooltip=tooltip)
+    layers = [band, line, dots] + ([expected] if any(p["expected"] for p in data) else [])
+    return alt.layer(*layers).properties(
+        width=300, height=260, title=alt.Title(title, fontSize=13, fontWeight="normal")
+    )
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Powers of ten, and between them 2 and 5 where there are few; beyond the values, for when models are hidden."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    factors = (1, 2, 5) if high - low <= 2 else (1,)
+    step = max(1, (high - low) // 8)
+    return [factor * 10.0**exponent for exponent in range(low - 1, high + 2, step) for factor in factors]
+
+
+def _section(name: str, label: str, report: SignalReport) -> str:
+    heading = html.escape(f"{name}, {label}" if label else name)
+    verdicts = "".join(f"<li>{html.escape(line)}</li>" for line in table.footer(report))
+    columns, rows = table.cells(report)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f"<section><h2>{heading}</h2><ul>{verdicts}</ul><details><summary>{html.escape(table.title(report))}</summary>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details></section>"
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.5rem; }}
+h2 {{ font-size: 1.05rem; margin: 1.5rem 0 0; }}
+ul {{ margin: .3rem 0; padding-left: 1.2rem; }}
+#chart {{ overflow-x: auto; }}
+summary {{ cursor: pointer; color: #555; }}
+table {{ border-collapse: collapse; font-size: 13px; margin: .5rem 0; }}
+th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
+th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{caption}</p>
+<div id="chart"></div>
+{sections}
+<script id="spec" type="application/json">{spec}</script>
+<script type="module">
+{bundle}
+const spec = JSON.parse(document.getElementById("spec").textContent);
+const actions = {{ export: true, source: false, compiled: false, editor: false }};
+await vegaEmbed("#chart", spec, {{ mode: "vega-lite", actions }});
+document.body.dataset.drawn = "true";
+</script>
+</body>
+</html>
+"""

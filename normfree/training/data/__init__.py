@@ -1,0 +1,1 @@
+"""Images with labels: which there are, in what order, made ready how."""

@@ -1,0 +1,90 @@
+"""What a run's folder says of the run: its recipe, what its network knows of the data, and its conversion."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from normfree.conversion import Plan
+from normfree.files import replacing
+from normfree.training.data.datasets import Data, Description
+from normfree.training.recipes import UNBOUND, Recipe
+
+RECIPE, DATA, PLAN = "config.json", "data.json", "plan.json"
+
+
+def check_free(recipe: Recipe, out: Path, resume: str) -> None:
+    """Raises ValueError where `out` is no place for this recipe: no folder, or the run of another one."""
+    path = out / RECIPE
+    if not path.exists():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is no folder")
+        if list(out.glob("checkpoints/step_*")):
+            raise ValueError(f"{out} holds checkpoints, but no {RECIPE} that says of what: choose another folder")
+        return
+    if resume == "never":
+        raise ValueError(f"{out} holds a run already: choose another folder, or --resume auto to go on with it")
+    check_recipe(recipe, out)
+
+
+def check_recipe(recipe: Recipe, holder: Path) -> None:
+    """Raises ValueError where the run, or the checkpoint, in `holder` is of another recipe."""
+    before = Recipe.from_json(holder / RECIPE)
+    changed = [
+        f"{f.name} is {getattr(recipe, f.name)!r}, was {getattr(before, f.name)!r}"
+        for f in dataclasses.fields(Recipe)
+        if f.name not in UNBOUND and getattr(recipe, f.name) != getattr(before, f.name)
+    ]
+    if changed:
+        raise ValueError(f"{holder} is of another recipe ({'; '.join(changed)}): it cannot go on with this one")
+
+
+def check_data(spec: str, data: Data, out: Path) -> None:
+    """Raises ValueError where the run in `out` has been trained on other data."""
+    if not list(out.glob("checkpoints/step_*")):
+        return
+    before, now = _read_description(out), _description(data)
+    changed = [
+        f"{value} {name.replace('_', ' ')}, but had {before.get(name)}" if isinstance(value, int) else f"other {name}"
+        for name, value in now.items()
+        if value != before.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{spec} has {'; '.join(changed)} when {out} was begun: the run cannot go on as it began")
+
+
+def write(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
+    """Say it. Raises TrainingError where it cannot be written."""
+    texts = {RECIPE: recipe.to_json(), DATA: json.dumps(_description(data), ensure_ascii=False) + "\n"}
+    if plan is not None:
+        texts[PLAN] = plan.to_json() + "\n"
+    for name, text in texts.items():
+        with replacing(out / name) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def read(run: Path) -> tuple[Recipe, Description]:
+    """The recipe, and what its network knows of the data. Raises ValueError for a folder that does not say it."""
+    recipe = Recipe.from_json(run / RECIPE)
+    known = _read_description(run)
+    try:
+        return recipe, Description(known["classes"], *(tuple(known[name]) for name in ("mean", "std", "names")))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run} has no {DATA} of a run ({error!r})") from error
+
+
+def _description(data: Data) -> dict[str, Any]:
+    return {
+        "training_images": len(data.train), "test_images": len(data.test), "classes": data.classes,
+        "mean": list(data.mean), "std": list(data.std), "names": list(data.names),
+    }  # fmt: skip
+
+
+def _read_description(run: Path) -> dict[str, Any]:
+    try:
+        known = json.loads((run / DATA).read_text(encoding="utf-8"))
+        if isinstance(known, dict):
+            return known
+        raise ValueError(f"a {type(known).__name__}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run} has no {DATA} of a run ({error})") from error

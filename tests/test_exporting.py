@@ -1,0 +1,62 @@
+"""Files for other runtimes, with batch and image sizes that the program was not made from."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from normfree import create_model, export
+from tests.test_folding import shaken
+
+NETWORKS = {
+    "nf_resnet26": {"width": 0.5},
+    "nf_resnet26 symmetric": {"width": 0.5, "padding": "symmetric", "se_ratio": 0.25},
+    "nf_regnet_b0": {"width": 0.25},
+    "nfnet_f0": {"width": 0.25, "group_size": 32},
+    "bn_resnet26": {"width": 0.5},
+}
+
+
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_dynamic_sizes(name, to, tmp_path):
+    model = shaken(create_model(name.split()[0], num_classes=4, **NETWORKS[name])).train()
+    result = export(model, tmp_path / f"net.{to}", to=to, size=64)
+    assert result.difference <= 1e-4 * max(1, result.largest), result
+    assert model.training
+    run = _runner(result.path, to)
+    model.eval()
+    for shape in ((1, 3, 64, 64), (4, 3, 97, 110)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert (run(x) - model(x)).abs().max() <= 1e-4 * max(1, result.largest)
+
+
+def _runner(path, to):
+    if to == "pt2":
+        return torch.export.load(path).module()
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1.0])
+def test_a_file_that_computes_something_else_is_no_success(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["normfree.export"], "_runner", lambda path, to: lambda x: torch.full((len(x), 4), wrong)
+    )
+    with pytest.raises(ValueError, match="outputs differ by"):
+        export(create_model("nf_resnet26", width=0.25, num_classes=4), tmp_path / "net.pt2", to="pt2", size=64)
+
+
+def test_what_cannot_be_exported(tmp_path):
+    model = create_model("nf_resnet26", width=0.25)
+    with pytest.raises(ValueError, match="to is 'tflite'"):
+        export(model, tmp_path / "net.tflite", to="tflite")
+    with pytest.raises(ValueError, match="size is 0"):
+        export(model, tmp_path / "net.pt2", to="pt2", size=0)
+    with pytest.raises(ValueError, match="takes no images of 65x50: made from an example of 32 pixels"):
+        export(create_model("nf_resnet26", width=0.25), tmp_path / "net.pt2", to="pt2", size=32)
+    with pytest.raises(ValueError, match="no 2-D convolution"):
+        export(nn.Linear(2, 2), tmp_path / "net.pt2", to="pt2")

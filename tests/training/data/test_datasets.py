@@ -1,0 +1,219 @@
+"""Data sets, made by the tests themselves or shipped with packages."""
+
+import gzip
+import io
+import shutil
+import struct
+import sys
+import zipfile
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normfree.training.data.datasets import load
+from normfree.training.data.instances import VIEWS
+
+
+def picture(seed, size=(64, 48)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def test_digits():
+    data = load("digits")
+    assert (len(data.train), len(data.test), data.classes, data.channels) == (1438, 359, 10, 1)
+    pixels = np.stack([np.asarray(data.train[i][0]) for i in range(len(data.train))]) / 255
+    assert pixels.mean() == pytest.approx(data.mean[0], abs=2e-3)
+    assert pixels.std() == pytest.approx(data.std[0], abs=2e-3)
+    assert {data.test[i][1] for i in range(50)} == set(range(10))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_fashion_mnist_in_its_original_files(packed, tmp_path):
+    for part, count in (("train", 7), ("t10k", 3)):
+        images = np.arange(count * 784, dtype=np.uint32).astype(np.uint8)
+        for name, header, body in (
+            (f"{part}-images-idx3-ubyte", struct.pack(">4i", 2051, count, 28, 28), images.tobytes()),
+            (f"{part}-labels-idx1-ubyte", struct.pack(">2i", 2049, count), bytes(range(count))),
+        ):
+            if packed:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(header + body))
+            else:
+                (tmp_path / name).write_bytes(header + body)
+    data = load(f"fashion_mnist:{tmp_path}")
+    assert (len(data.train), len(data.test)) == (7, 3)
+    image, label = data.train[1]
+    assert label == 1
+    assert np.array_equal(np.asarray(image).ravel(), np.arange(784, 2 * 784).astype(np.uint8))
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_instances(archive, tmp_path):
+    folder = tmp_path / "photos" / "below"
+    folder.mkdir(parents=True)
+    for seed in range(5):
+        picture(seed).save(folder / f"{seed}.png")
+    picture(0).save(folder / "again.jpg", quality=97)  # a near-duplicate
+    Image.new("RGB", (64, 64), "red").save(folder / "flat.png")
+    picture(9, (16, 16)).save(folder / "tiny.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    palette = picture(4).convert("P")
+    palette.info["transparency"] = bytes(range(256))
+    palette.save(folder / "4.png")
+    path = tmp_path / "photos"
+    if archive:
+        path = tmp_path / "photos.zip"
+        with zipfile.ZipFile(path, "w") as packed:
+            for file in sorted(folder.iterdir()):
+                packed.write(file, file.name)
+    with pytest.warns(UserWarning, match=r"cannot read 1 images of .*broken\.png"):
+        data = load(f"instances:{path}")
+    assert data.classes == 5
+    assert (len(data.train), len(data.test)) == (5 * VIEWS, 2 * 5)
+    left, label = data.train[5 + 3]
+    assert label == 3
+    upper, lower = data.test[3][0], data.test[5 + 3][0]
+    assert left.size == (32, 48)
+    assert upper.size == lower.size == (32, 32)
+    whole = np.asarray(data.train.images[3])
+    assert np.array_equal(np.asarray(left), whole[:, :32])
+    assert np.array_equal(np.asarray(upper), whole[:32, 32:])
+    assert np.array_equal(np.asarray(lower), whole[16:, 32:])
+
+
+def test_images_of_any_format_and_depth(tmp_path):
+    """16 bits of grey are those of 8, no format is left out, and training and test images have names of their own."""
+    pixels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
+    for part in ("train", "val"):
+        for label, suffix in (("a", "png"), ("b", "webp"), ("c", "bmp"), ("d", "tif")):
+            (tmp_path / part / label).mkdir(parents=True)
+            deep = suffix in ("png", "tif")
+            image = Image.fromarray(pixels if deep else (pixels // 257).astype(np.uint8))
+            image.save(tmp_path / part / label / f"0.{suffix}")
+    data = load(f"imagefolder:{tmp_path}")
+    assert data.names == ("a", "b", "c", "d")
+    assert len(data.train) == len(data.test) == 4
+    for index in (0, 2, 3):
+        found = np.asarray(data.train[index][0]).astype(int)
+        assert found.shape == (48, 64, 3)
+        assert np.abs(found - (pixels / 257)[..., None]).max() <= 1
+    assert data.train.name(0) != data.test.name(0)
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "train" / "a" / "0.png", format="TIFF")
+    with pytest.raises(ValueError, match="floating-point"):
+        load(f"imagefolder:{tmp_path}").train[0]
+
+
+def test_folders_of_classes_are_timm_s(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(count):
+                picture(i).save(tmp_path / part / label / f"{i}.png")
+    data = load(f"imagefolder:{tmp_path}")
+    assert (len(data.train), len(data.test), data.classes) == (6, 4, 2)
+    assert data.train[3][1] == 1
+    assert data.train.name(3).endswith("0.png")
+    assert data.names == ("cat", "dog")
+    shutil.rmtree(tmp_path / "val" / "cat")  # a class without test images moves no other's number
+    only_dogs = load(f"imagefolder:{tmp_path}").test
+    assert {only_dogs[i][1] for i in range(len(only_dogs))} == {1}
+    (tmp_path / "val" / "dgo").mkdir()
+    picture(9).save(tmp_path / "val" / "dgo" / "9.png")
+    with pytest.raises(ValueError, match=r"classes that .*train does not have: dgo"):
+        load(f"imagefolder:{tmp_path}")
+    shutil.rmtree(tmp_path / "val" / "dgo")
+    (tmp_path / "val").rename(tmp_path / "test")
+    assert len(load(f"imagefolder:{tmp_path}").test) == 2
+    shutil.rmtree(tmp_path / "test")
+    (tmp_path / "train").rename(tmp_path / "all")
+    with pytest.raises(ValueError, match="no folders train and val"):
+        load(f"imagefolder:{tmp_path}")
+    (tmp_path / "all").rename(tmp_path / "train")
+    (tmp_path / "train" / "dog" / "0.png").write_bytes(b"")
+    with pytest.raises(OSError, match="identify"):
+        data.train[3]
+
+
+def test_torchvision_s(tmp_path):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 7), ("t10k", 3)):
+        pixels, labels = bytes(count * 784), bytes(range(count))
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pixels)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+    data = load(f"torch/fashion_mnist:{tmp_path}")
+    assert (len(data.train), len(data.test), data.classes) == (7, 3, 10)
+    assert data.test[2][0].mode == "RGB"
+    assert data.train.labels == list(range(7))
+
+
+@pytest.mark.parametrize("tested", ["validation", "test"])
+def test_hugging_face_s(tested, monkeypatch):
+    """As its package `datasets` gives them: timm asks for a split, and reads bytes of images and their labels."""
+    packed = io.BytesIO()
+    picture(0).save(packed, "png")
+
+    class Split(list):
+        info = SimpleNamespace(splits=None, features={"label": SimpleNamespace(names=["a", "b", "c"])})
+
+        def cast_column(self, *_):
+            return self
+
+    def load_dataset(name, split, **_):
+        if split not in ("train", tested):
+            raise ValueError(f'Unknown split "{split}"')
+        return Split({"image": {"bytes": packed.getvalue(), "path": None}, "label": i % 3} for i in range(6))
+
+    fake = ModuleType("datasets")
+    fake.load_dataset, fake.Image, fake.ClassLabel = load_dataset, lambda **_: None, None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    data = load("hfds/user/photographs")
+    assert (len(data.train), len(data.test), data.classes) == (6, 6, 3)
+    assert data.test[5][1] == 2
+    assert data.test[5][0].size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "words"),
+    [
+        ("fashion_mnist:/none", FileNotFoundError, "dataset-fashion-mnist"),
+        ("instances:/none", FileNotFoundError, "folder or .zip"),
+        ("imagefolder:/none", FileNotFoundError, "no folder /none"),
+        ("digitz", ValueError, "name its folder"),
+        ("imagefoldr:/", ValueError, "no data is called 'imagefoldr'; did you mean imagefolder"),
+        ("torch/folder:/", ValueError, "no data is called"),
+        ("digits:/none", ValueError, "have no path"),
+        ("instances", ValueError, "name a folder or .zip"),
+        ("tfds/imagenet:/none", ValueError, "is a stream"),
+        ("wds/imagenet:/none", FileNotFoundError, "no folder /none for wds"),
+    ],
+)
+def test_what_is_not_there(spec, error, words):
+    with pytest.raises(error, match=words):
+        load(spec)
+
+
+def test_files_that_are_cut_off(tmp_path):
+    header = struct.pack(">4i", 2051, 4, 28, 28)
+    for name, text in (("empty", b""), ("short", header + bytes(784)), ("header", header[:7])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-images-idx3-ubyte").write_bytes(text)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte is"):
+            load(f"fashion_mnist:{tmp_path / name}")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header)[:-9])
+    with pytest.raises(ValueError, match="cut off"):
+        load(f"fashion_mnist:{tmp_path / 'packed'}")
+    for name, seed in (("a.png", 0), ("b.png", 1), ("c.png", 2)):
+        picture(seed).save(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as archive:
+        for name in ("a.png", "b.png", "c.png"):
+            archive.write(tmp_path / name, name)
+    content = bytearray((tmp_path / "damaged.zip").read_bytes())
+    content[60] ^= 255  # in the first image
+    (tmp_path / "damaged.zip").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"cannot read 1 images of .*damaged\.zip: a\.png"):
+        assert load(f"instances:{tmp_path / 'damaged.zip'}").classes == 2

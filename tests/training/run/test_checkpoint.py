@@ -1,0 +1,156 @@
+"""Checkpoints that are whole or not there."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from normfree.errors import TrainingError
+from normfree.training import RECIPES, train
+from normfree.training.run.checkpoint import Checkpoints, Position, damage
+
+RECIPE = dataclasses.replace(
+    RECIPES["digits"], model_args=("width=0.25",), epochs=1, batch=200, lr=0.1, log_every=4, checkpoint_every=2, keep=3
+)
+
+
+class Process:
+    """What a checkpoint needs of accelerate."""
+
+    is_main_process = True
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder):
+        from pathlib import Path
+
+        (Path(folder) / "model.safetensors").write_bytes(b"0" * 100)
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints", dataclasses.replace(RECIPE, keep=2))
+
+
+def test_the_newest_and_the_best_are_kept(checkpoints):
+    for step in range(1, 7):
+        checkpoints.save(Process(), Position(step=step, best_step=2), None)
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step_00000002", "step_00000005", "step_00000006"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed writing file")])
+def test_a_full_disk_leaves_the_last_good_one(checkpoints, error):
+    checkpoints.save(Process(), Position(step=1), None)
+    with pytest.raises(TrainingError, match=r"cannot write a checkpoint.*the last good checkpoint is .*step_00000001"):
+        checkpoints.save(Process(error), Position(step=2), None)
+    assert [p.name for p in checkpoints.folder.iterdir()] == ["step_00000001"]
+    assert damage(checkpoints.folder / "step_00000001") is None
+
+
+def test_no_permission(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(TrainingError, match="there is no checkpoint yet"):
+        Checkpoints(tmp_path / "checkpoints", RECIPE).save(Process(), Position(), None)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0" * 60), "has 60 bytes, not 100"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"1" * 100), "is not what was written"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "manifest.json").unlink(), "cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_one_before_is_taken(checkpoints, harm, words):
+    for step in (1, 2):
+        checkpoints.save(Process(), Position(step=step), None)
+    harm(checkpoints.folder / "step_00000002")
+    newest, (problem,) = checkpoints.newest()
+    assert newest.name == "step_00000001"
+    assert words in problem
+
+
+def test_a_damaged_newer_one_does_not_push_out_a_new_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", dataclasses.replace(RECIPE, keep=1))
+    checkpoints.save(Process(), Position(step=20), None)
+    (checkpoints.folder / "step_00000020" / "model.safetensors").unlink()
+    checkpoints.save(Process(), Position(step=15), None)
+    newest, _ = checkpoints.newest()
+    assert newest.name == "step_00000015"
+    checkpoints.save(Process(), Position(step=20), None)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000020"]
+    assert damage(checkpoints.folder / "step_00000020") is None
+
+
+def test_a_run_goes_on_from_the_last_whole_one_and_ends_the_same(tmp_path):
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    train(RECIPE, whole, quiet=True)
+    shutil.copytree(whole, hurt)
+    (hurt / "model.safetensors").unlink()
+    newest = max((hurt / "checkpoints").iterdir())
+    file = newest / "optimizer.bin"
+    file.write_bytes(file.read_bytes()[:-50])
+    (hurt / "checkpoints" / ".writing_00000099").mkdir()
+    train(RECIPE, hurt, resume="auto", quiet=True)
+    assert (hurt / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not (hurt / "checkpoints" / ".writing_00000099").exists()
+
+
+def test_a_foreign_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    train(RECIPE, out, quiet=True)
+    newest = max((out / "checkpoints").iterdir())
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest["files"]["position.json"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "position.json").write_text('{"step": 1, "who": "knows"}')
+    with pytest.raises(TrainingError, match="is no checkpoint of normfree"):
+        train(RECIPE, out, resume="auto", quiet=True)
+
+
+def test_a_checkpoint_of_another_run(tmp_path):
+    """Of the same network, which would load."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(RECIPE, first, quiet=True)
+    recipe = dataclasses.replace(RECIPE, lr=0.2)
+    train(recipe, second, quiet=True)
+    theirs = max((first / "checkpoints").iterdir())
+    shutil.rmtree(second / "checkpoints" / theirs.name)
+    shutil.copytree(theirs, second / "checkpoints" / theirs.name)
+    with pytest.raises(ValueError, match=rf"{theirs.name} is of another recipe \(lr is 0.2, was 0.1\)"):
+        train(recipe, second, resume="auto", quiet=True)
+
+
+def test_nothing_that_could_run_code_is_loaded(tmp_path):
+    """torch's loader with weights_only, which refuses what a pickle may call."""
+    import os
+
+    import torch
+    from accelerate.utils import load
+
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save(Runs(), tmp_path / "optimizer.bin")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        load(tmp_path / "optimizer.bin")
+
+
+def test_what_was_put_aside_returns(checkpoints):
+    folder = checkpoints.folder
+    newest = checkpoints.save(Process(), Position(step=1), None)
+    newest.rename(folder / f".writing_{newest.name.removeprefix('step_')}_before")
+    (folder / ".writing_00000099").mkdir()
+    checkpoints.clean()
+    assert checkpoints.newest() == (newest, [])
+    assert not list(folder.glob(".writing_*"))

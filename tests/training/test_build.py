@@ -1,0 +1,221 @@
+"""The networks of trainings: anybody's, converted, tested and taken up again from a run's folder."""
+
+import dataclasses
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normfree.cli.model_sources import network_factory
+from normfree.errors import TrainingError
+from normfree.training import evaluate_run, load_run, train
+from normfree.training.build import build, classifiers
+from normfree.training.data.datasets import load
+from normfree.training.setup import Setup, accelerated
+from tests.training.tiny import TINY, rows
+
+
+@pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18", "nf_regnet_b0"])
+def test_other_people_s_models(model, tmp_path):
+    arguments = {"nf_regnet_b0": ("width=0.25",)}.get(model, ())
+    recipe = dataclasses.replace(
+        TINY, model=model, model_args=arguments, batch=512, stochastic_depth_rate=None, channels_last=True,
+        precision="bf16", clip_adaptive=0.01,
+    )  # fmt: skip
+    assert train(recipe, tmp_path / "run", quiet=True).finished
+
+
+def test_one_precision_after_another(tmp_path):
+    for precision in ("bf16", "no", "double"):
+        out = tmp_path / precision
+        train(dataclasses.replace(TINY, precision=precision, batch=720), out, quiet=True)
+        assert evaluate_run(out).examples == 359
+
+
+def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, monkeypatch):
+    (tmp_path / "a_stranger_s.py").write_text(
+        "from normfree import create_model\n\n"
+        "def net():\n    return create_model('nf_resnet26', width=0.25, num_classes=10, in_channels=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    train(dataclasses.replace(TINY, model="a_stranger_s:net", model_args=(), batch=720), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="would import and call a_stranger_s:net"):
+        evaluate_run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", model="a_stranger_s:net").examples == 359
+
+
+def test_a_converted_network_trains_and_goes_on(tmp_path):
+    recipe = dataclasses.replace(
+        TINY, model="timm:resnet10t", model_args=(), convert=True, batch=256, lr=0.01, epochs=2
+    )
+    whole = train(recipe, tmp_path / "run", quiet=True)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert not any("running_mean" in name for name in weights)
+    assert sum(name.endswith("in_scale") for name in weights) > 8
+    assert evaluate_run(tmp_path / "run") == whole.accuracy
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    again = train(recipe, tmp_path / "run", resume="auto", quiet=True)
+    assert again.accuracy == whole.accuracy
+    with pytest.raises(ValueError, match="nothing in NFResNet can be converted"):
+        train(dataclasses.replace(TINY, convert=True), tmp_path / "other", quiet=True)
+
+
+def test_a_trained_network_is_converted_and_trained_on(tmp_path):
+    """From its weights, by the project's own example, a part of the images at a time."""
+    narrow = dataclasses.replace(
+        TINY, model="normfree.studies.cifar_resnets:CifarResNet", model_args=("depth=8", "width=4"), train_images=240
+    )
+    train(narrow, tmp_path / "original", quiet=True)
+    weights = tmp_path / "original" / "model.safetensors"
+    converted = dataclasses.replace(
+        narrow, initial=str(weights), convert=True, convert_args=("alpha=0.5",), lr=0.0, weight_decay=0.0
+    )
+    result = train(converted, tmp_path / "converted", quiet=True)
+    assert result.step == 3  # 240 images, 96 at a time
+    before, after = load_file(weights), load_file(tmp_path / "converted" / "model.safetensors")
+    assert torch.equal(before["fc.weight"], after["fc.weight"])
+    assert after["layers.0.0.conv2.out_scale"] == 0.5
+    with pytest.raises(FileNotFoundError, match="there is no file of weights"):
+        train(dataclasses.replace(converted, initial="none.safetensors"), tmp_path / "a", quiet=True)
+    with pytest.raises(TrainingError, match="does not fit CifarResNet"):
+        train(dataclasses.replace(converted, model_args=("depth=14", "width=4")), tmp_path / "b", quiet=True)
+    with pytest.raises(ValueError, match=r"cannot be converted: .*'alhpa'"):
+        train(dataclasses.replace(converted, convert_args=("alhpa=1",)), tmp_path / "c", quiet=True)
+    with pytest.raises(ValueError, match="train_images is 2400; there are 1438"):
+        train(dataclasses.replace(converted, train_images=2400), tmp_path / "d", quiet=True)
+    with pytest.raises(ValueError, match="convert_args are given, but convert is not"):
+        dataclasses.replace(converted, convert=False)
+
+
+def test_the_example_of_fine_tuning(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).parents[2] / "examples" / "finetune_converted.py"
+    arguments = ["--epochs", "0.5", "--then", "0.25", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [example.name, *arguments])
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    number = r"\d+\.\d %"
+    assert re.search(f"seed 0: with BatchNorm, 0.5 epochs: {number}", said)
+    kinds = rf"{number} \(its function kept\), {number} \(its weights kept\), {number} \(new\)"
+    assert re.search(f"  converted, 0.25 epochs: {kinds}", said)
+    shortened = json.loads((tmp_path / "seed_0" / "function_0.25" / "config.json").read_text())
+    assert shortened["train_images"] == 360
+
+
+def test_models_that_cannot_be_built(tmp_path):
+    for changes, words in (
+        ({"model": "nf_resnet27"}, "no model is called"),
+        ({"model_args": ("widht=1",)}, "no argument 'widht'"),
+        ({"model": "torchvision:resnet18", "model_args": ("width=1",)}, "cannot be built"),
+        ({"model": "torchvision:resnet18", "drop_rate": 0.2}, "has no such argument"),
+        ({"model_args": ("num_classes=3",)}, "which the data decides"),
+        ({"model": "os:getcwd", "model_args": ()}, "made a str"),
+        ({"auto_augment": "nonsense"}, "auto_augment is 'nonsense'"),
+        ({"precision": "fp16"}, "in which CPUs do not train"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(dataclasses.replace(TINY, **changes), tmp_path / "run", quiet=True)
+
+
+def test_models_without_a_rate_and_with_two_heads(tmp_path):
+    linear = dataclasses.replace(TINY, model="timm:vgg11", model_args=())
+    model = build(dataclasses.replace(linear, stochastic_depth_rate=0.0), load("digits"))
+    assert classifiers(model)[0].out_features == 10
+    assert classifiers(build(dataclasses.replace(linear, model="torchvision:resnet18"), load("digits"))) != []
+    distilled = build(
+        dataclasses.replace(linear, model="timm:deit_tiny_distilled_patch16_224", stochastic_depth_rate=None),
+        load("digits"),
+    )
+    assert len(classifiers(distilled)) == 2
+
+
+def test_evaluation_on_other_data(tmp_path):
+    train(TINY, tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="is a run of nf_resnet26"):
+        evaluate_run(tmp_path / "run", model="timm:resnet18")
+    digits = load("digits")
+    for part, images in (("train", digits.train), ("val", digits.test)):
+        for i in range(len(images)):
+            image, label = images[i]
+            folder = tmp_path / "folder" / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    # The same images: what they are normalized by is what the network was trained with.
+    files, arrays = (evaluate_run(tmp_path / "run", data=d) for d in (f"imagefolder:{tmp_path / 'folder'}", None))
+    assert files.examples == arrays.examples
+    assert files.loss == pytest.approx(arrays.loss, rel=1e-3)
+
+
+def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = load("digits")
+    for part, images in (("train", digits.train), ("val", digits.test)):
+        for i in range(60):
+            image, label = images[i]
+            folder = tmp_path / "photographs" / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+    recipe = dataclasses.replace(TINY, data="imagefolder:photographs", ema=0.5, batch=30)
+    result = train(recipe, tmp_path / "run", quiet=True)
+    (tmp_path / "photographs").rename(tmp_path / "moved")
+    assert evaluate_run("run", data="imagefolder:moved") == result.accuracy
+    with pytest.raises(FileNotFoundError, match="no folder photographs"):
+        evaluate_run("run")
+    network, expected = load_run("run"), load_file(tmp_path / "run" / "model_ema.safetensors")
+    assert not network.training
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    images = torch.ones(1, 3, 32, 32)
+    (last,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    for name in ("run", str(last)):
+        assert torch.equal(network_factory(name)()(images), network(images))
+    (tmp_path / "run" / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no data\.json of a run"):
+        load_run("run")
+
+
+def test_the_checkpoints_of_a_run_are_tested_too(tmp_path):
+    recipe = dataclasses.replace(TINY, epochs=2, lr=0.05, ema=0.5, convert=True, model="timm:resnet18", model_args=())
+    train(recipe, tmp_path / "run", quiet=True)
+    first, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    logged = [float(row["top1"]) for row in rows(tmp_path / "run") if row["kind"] == "eval_ema"]
+    assert [evaluate_run(path).top1 for path in (first, last)] == pytest.approx(logged)
+    assert evaluate_run(tmp_path / "run") == evaluate_run(last)
+    assert evaluate_run(first, weights=last / "model_ema.safetensors") == evaluate_run(last)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"), [("nf_resnet26", TINY.model_args), ("timm:nf_resnet26", ()), ("timm:nfnet_f0", ())]
+)
+def test_gains_do_not_decay(model, arguments, tmp_path):
+    recipe = dataclasses.replace(TINY, model=model, model_args=arguments)
+    with accelerated(recipe, tmp_path) as accelerator:
+        setup = Setup(recipe, accelerator, load("digits"))
+    decaying = {id(p) for group in setup.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
+    names = {name.rpartition(".")[2] for name, p in setup.model.named_parameters() if id(p) in decaying}
+    assert names == {"weight"}
+
+
+def ten_classes_more(num_classes, in_channels):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(num_classes + 10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "timm:vit_tiny_patch16_224"}, "does not run on training images of 32 pixels"),
+        ({"model": "torchvision:vgg11", "image_size": 64, "test_size": 16}, "does not run on testing images of 16"),
+        ({"model": "timm:resnet18", "model_args": ("width=0.25",)}, "model_args, all of them the recipe's"),
+        ({"model": "tests.training.test_networks:ten_classes_more"}, r"gives \(2, 20\) in training, not logits \(2 i"),
+        ({"model": "torchvision:googlenet"}, "gives a GoogLeNetOutputs in training, not logits"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_found_before_anything_is_written(changes, message, tmp_path):
+    recipe = dataclasses.replace(TINY, **{"model_args": (), "stochastic_depth_rate": 0.0} | changes)
+    with pytest.raises((TrainingError, ValueError), match=message):
+        train(recipe, tmp_path / "run", quiet=True)
+    assert train(dataclasses.replace(TINY, batch=720), tmp_path / "run", quiet=True).finished
