@@ -34,7 +34,7 @@ def digits(count: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def private_network() -> nn.Module:
-    """torchvision's ResNet-18 for small images, without BatchNorm, its scales set on noise, not on the images."""
+    """Make torchvision's ResNet-18 for small images, without BatchNorm, its scales set on noise, not on the images."""
     network = torchvision.models.resnet18(num_classes=10)
     network.maxpool = nn.Identity()
     print(f"the original: {len(ModuleValidator.validate(network))} errors")

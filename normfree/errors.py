@@ -1,4 +1,4 @@
-"""What goes wrong in a way that the user can mend, and how it is said."""
+"""Errors that the user can mend, and suggestions for misspelled names."""
 
 import difflib
 from collections.abc import Iterable

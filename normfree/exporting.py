@@ -10,37 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from normfree.folding import fold, has_scaled_layers
+from normfree.trace.inputs import first_layer
 
 Format = Literal["onnx", "pt2"]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file, and how far its outputs are from the network's."""
+    """Exported file, and how far its outputs are from the network's."""
 
     path: Path
     difference: float  # largest absolute, over two batch sizes and two image sizes
     largest: float  # absolute value among the network's outputs
 
 
-def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -> Exported:
+def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[int, int] = 224) -> Exported:
     """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, and run the file to check it.
 
-    Batch size, height and width are dynamic. `size` is that of the example the program is made from, in pixels; the
-    number of channels is the model's first convolution's. The model is not changed. ONNX needs
-    `pip install 'normfree[export]'`.
+    Batch size, height and width are dynamic. The number of channels is the model's first convolution's. The model stays
+    as it is.
 
-    Raises ValueError for another format, for a model without convolutions, for a file whose outputs differ by more than
-    1e-4 (of the largest output, if that is above 1) and for one that takes no other image size, as where the example
-    is so small that a stage has one position; ImportError where a package is missing, and what `torch.export` raises
-    for a model that it cannot take.
+    Args:
+        model: Network of images.
+        path: File to write.
+        to: "onnx", which needs `pip install 'normfree[export]'`, or "pt2".
+        size: Height and width, or one number for both, in pixels, of the example that the program is made from.
+
+    Returns:
+        The file, and how far its outputs are from the network's.
+
+    Raises:
+        ValueError: For another format, for a model without convolutions, for a file whose outputs differ by more than
+            1e-4 (of the largest output, if that is above 1) and for one that takes no other image size, as where the
+            example is so small that a stage has one position.
+        ImportError: Where a package is missing.
     """
     if to not in ("onnx", "pt2"):
         raise ValueError(f"to is {to!r}; it must be 'onnx' or 'pt2'")
-    if size < 1:
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
         raise ValueError(f"size is {size}; it must be at least 1 pixel")
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
+    first = first_layer(model, nn.Conv2d)
+    if not isinstance(first, nn.Conv2d):
         raise ValueError(f"{type(model).__name__} has no 2-D convolution: the shape of its images is not known")
     model = fold(model) if has_scaled_layers(model) else model
     was_training = [module for module in model.modules() if module.training]
@@ -49,7 +60,7 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int = 224) -
         model.eval()
         with torch.no_grad():
             like = first.weight.detach()
-            x = like.new_empty(2, first.in_channels, size, size).normal_()
+            x = like.new_empty(2, first.in_channels, height, width).normal_()
             axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
             program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
             if to == "pt2":
@@ -86,8 +97,8 @@ def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
         except (AssertionError, RuntimeError) as error:  # a guard of the program
             shape = "x".join(map(str, images.shape[-2:]))
             raise ValueError(
-                f"{path} is written, but takes no images of {shape}: made from an example of {height} pixels, in which "
-                f"a stage may have a single position, which then counts as constant; take a larger size ({error})"
+                f"{path} is written, but takes no images of {shape}: made from an example of {height}x{width}, in "
+                f"which a stage may have a single position, which then counts as constant; take a larger size ({error})"
             ) from error
         distance = (outputs.to(expected.device) - expected).abs().max().item()
         difference = distance if math.isnan(distance) else max(difference, distance)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.nn.conv import SamePadding
+from normfree.nn.padding import SamePadding
 from normfree.nn.scaled_layer import ScaledWS
-from normfree.nn.surgery import arguments_of, kind_of, take_place
+from normfree.nn.surgery import constructor_arguments, kind_of, replace_modules
 
 
 class _Folded(nn.Module):
@@ -48,6 +48,9 @@ class FoldedLinear(_Folded, nn.Linear):
     """`torch.nn.Linear` that holds an effective weight."""
 
 
+# Attributes of our layers and of timm's, which mean nothing to a plain one.
+_DROPPED = ("_digits", "_initial_skip_gain", "same_pad", "scale", "standardize")
+
 _FOLDED: dict[type[nn.Module], Any] = {
     folded.__bases__[-1]: folded
     for folded in (
@@ -58,13 +61,21 @@ _FOLDED: dict[type[nn.Module], Any] = {
 
 
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """`model` with a plain layer in place of every `ScaledWS…` and of timm's `ScaledStdConv2d(Same)`.
+    """Put a plain layer in the place of every `ScaledWS…` and of timm's `ScaledStdConv2d(Same)`.
 
     The plain layer holds the effective weight and bias, so outputs are equal up to rounding and nothing is computed
     from weights any more. The result is in eval mode, its folded parameters need no gradient, and putting it into
-    training mode raises RuntimeError. A copy is folded unless `inplace`.
+    training mode raises RuntimeError.
 
-    Raises ValueError where there is nothing to fold.
+    Args:
+        model: Network of ours, converted, or of timm's normalizer-free ones.
+        inplace: Fold the model itself rather than a copy.
+
+    Returns:
+        The folded network.
+
+    Raises:
+        ValueError: Where there is nothing to fold.
     """
     model = model if inplace else copy.deepcopy(model)
     model.eval()
@@ -74,17 +85,11 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             replacements[module] = _plain(module)
     if not replacements:
         raise ValueError(f"{type(model).__name__} has no layer with scaled standardized weights: nothing to fold")
-    if model in replacements:
-        return replacements[model]
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child in replacements:
-                module._modules[name] = replacements[child]
-    return model
+    return replace_modules(model, replacements, dropped=_DROPPED)
 
 
 def has_scaled_layers(model: nn.Module) -> bool:
-    """Whether `fold` has something to fold."""
+    """Tell whether `fold` has something to fold."""
     return any(isinstance(module, ScaledWS) or _is_timm_scaled(module) for module in model.modules())
 
 
@@ -93,7 +98,7 @@ def _plain(layer: Any) -> nn.Module:
         weight, bias = layer.effective_parameters() if isinstance(layer, ScaledWS) else _timm_parameters(layer)
     kind = kind_of(layer)
     assert kind is not None
-    arguments = arguments_of(layer)
+    arguments = constructor_arguments(layer)
     if getattr(layer, "same_pad", False):  # timm's Same variant pads like TensorFlow where its padding is no constant
         arguments["padding"] = "same"
     with torch.device("meta"):
@@ -101,7 +106,6 @@ def _plain(layer: Any) -> nn.Module:
     plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)  # in its layout
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    take_place(layer, plain, but_for=("_initial_skip_gain", "same_pad", "scale", "standardize"))
     return plain.eval()
 
 
@@ -110,7 +114,7 @@ def _is_timm_scaled(module: nn.Module) -> bool:
 
 
 def _timm_parameters(conv: Any) -> tuple[Tensor, Tensor | None]:
-    """gain · scale · (W − mean(W)) · rsqrt(var(W) + eps): timm adds eps where the authors clamp."""
+    """Compute gain · scale · (W − mean(W)) · rsqrt(var(W) + eps): timm adds eps where the authors clamp."""
     variance, mean = torch.var_mean(conv.weight, dim=(1, 2, 3), correction=0, keepdim=True)
     gain = conv.gain.view(-1, 1, 1, 1) * conv.scale
     return (conv.weight - mean) * torch.rsqrt(variance + conv.eps) * gain, conv.bias

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The usual normalization of ImageNet, per channel of RGB; grey images use the averages.
-_MEAN = torch.tensor([0.485, 0.456, 0.406])
-_STD = torch.tensor([0.229, 0.224, 0.225])
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's pixels in [0, 1], per channel of RGB."""
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".tga"}
 
 
@@ -111,5 +112,6 @@ def _center_crop(image: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _finish(crop: Tensor, shape: tuple[int, ...]) -> Tensor:
     x = F.interpolate(crop[None].float() / 255, size=shape[1:], mode="bilinear", antialias=True, align_corners=False)[0]
-    x = (x - _MEAN[:, None, None]) / _STD[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    x = (x - mean) / std
     return x if shape[0] == 3 else x.mean(0, keepdim=True)

@@ -1,4 +1,4 @@
-"""What all charts share: their colours, and how a Vega-Lite specification becomes a file."""
+"""Colours that all charts share, and how a Vega-Lite specification becomes a file."""
 
 from pathlib import Path
 from typing import Any

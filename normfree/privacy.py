@@ -1,25 +1,33 @@
-"""Gradients per example for Opacus, which differentially private training needs and BatchNorm does not have."""
+"""Gradients per example for Opacus: differentially private training needs them, and BatchNorm has none."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfree.conversion.replacement import Copy, put
 from normfree.nn.scaled_layer import ScaledWS
+from normfree.nn.surgery import Copy, replace_modules
 
 
 def per_sample_gradients(model: nn.Module) -> Any:
-    """`model` in Opacus' GradSampleModule: after a backward pass every parameter has a `grad_sample`, (N, …).
+    """Wrap `model` in Opacus' GradSampleModule: after a backward pass every parameter has a `grad_sample`, (N, …).
 
-    What `PrivacyEngine.make_private` is to be given as its module. Opacus refuses layers that train and have buffers,
+    The result is the module to give to `PrivacyEngine.make_private`. Opacus refuses layers that train and have buffers,
     since a normalizer's would leak; the buffers of `ScaledWS…` layers are constants, and are let through. (Set them on
     noise or public images: a conversion looks at its images without privacy.) What a layer puts out cannot be
     overwritten then: in the model itself, in-place activations are switched to ordinary ones, and every `nn.Identity`,
     as a conversion leaves for a normalizer, becomes a copy.
 
-    Raises ImportError without opacus, and ValueError, by name, for any other layer that trains and has buffers, and for
-    a BatchNorm that normalizes with the batch's statistics.
+    Args:
+        model: Network without BatchNorm, in training mode.
+
+    Returns:
+        Opacus' module.
+
+    Raises:
+        ImportError: Without opacus.
+        ValueError: By name, for any other layer that trains and has buffers, and for a BatchNorm that normalizes with
+            the batch's statistics.
     """
     try:
         from opacus import GradSampleModule
@@ -36,13 +44,12 @@ def per_sample_gradients(model: nn.Module) -> Any:
             raise ValueError(
                 f"{path} ({type(module).__name__}) trains and has buffers: Opacus cannot keep them private"
             )
-    for module in list(model.modules()):
+    replace_modules(model, {module: Copy() for module in model.modules() if type(module) is nn.Identity})
+    for module in model.modules():
         if isinstance(module, ScaledWS):
             register_grad_sampler(type(module))(_sampler)
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010
-        if type(module) is nn.Identity:
-            put(model, module, Copy())
     return GradSampleModule(model, strict=False)
 
 

@@ -1,10 +1,11 @@
 """Models by name of their source: ours, timm's, torchvision's, or a function of the user's."""
 
+import contextlib
 import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from normfree.models import create_model, from_pretrained, list_models
 
 
 def model_factory(name: str) -> Callable[[], nn.Module]:
-    """A function that builds the model, with new parameters and nothing downloaded unless its name asks for it.
+    """Find a function that builds the model, with new parameters and nothing downloaded unless its name asks for it.
 
     `name` is one of ours ("nf_resnet50"), "timm:NAME", "torchvision:NAME", or "package.module:factory", where factory
     is called without arguments and the current folder is searched too; or, with its parameters, a folder written by
@@ -62,10 +63,8 @@ def _from_torchvision(name: str) -> Callable[[], nn.Module]:
 
 
 def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    module = _import(module_name, f"cannot import {module_name!r}")
+    with _current_folder_searched():
+        module = _import(module_name, f"cannot import {module_name!r}")
     factory: Any = module
     for part in attribute.split("."):
         if not hasattr(factory, part):
@@ -78,12 +77,28 @@ def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
 
     @functools.wraps(factory)
     def checked(*args: Any, **kwargs: Any) -> nn.Module:
-        model = factory(*args, **kwargs)
+        with _current_folder_searched():  # a factory may import more
+            model = factory(*args, **kwargs)
         if not isinstance(model, nn.Module):
             raise ValueError(f"{module_name}:{attribute} made a {type(model).__name__}; it must make a torch.nn.Module")
         return model
 
     return checked
+
+
+@contextlib.contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Let modules be imported from the current folder, as `python -m` does."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _import(name: str, message: str) -> Any:

@@ -80,6 +80,16 @@ def block_statistics(model: nn.Module, x: torch.Tensor) -> list[BlockStatistics]
     return rows
 
 
+def shaken(model):
+    """Every gain, bias and skip gain away from its initial value."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2 or "gain" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter) + (0.5 if "skip" in name else 0))
+    return model.eval()
+
+
 class Residual(nn.Module):
     def __init__(self, channels, gain=None):
         super().__init__()

@@ -7,18 +7,7 @@ import torch
 from torch import nn
 
 from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, create_model, fold
-from tests.helpers import assert_close
-
-
-def shaken(model):
-    """Every gain, bias and skip gain away from its initial value."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2 or "gain" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter) + (0.5 if "skip" in name else 0))
-    return model.eval()
-
+from tests.helpers import assert_close, shaken
 
 OURS = {
     "nf_resnet26": {"width": 1, "se_ratio": 0.25},

@@ -1,1 +1,1 @@
-"""What the networks cost beside what people would use instead: run by `normfree bench`."""
+"""Benchmarks: costs beside those of the networks that people would use instead; run by `normfree bench`."""

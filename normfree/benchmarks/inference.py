@@ -11,19 +11,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from normfree.benchmarks.measure import Setting, in_processes, interleave, ratios, serve
 from normfree.folding import fold, has_scaled_layers
 
-PEERS = ("torchvision resnet50",)
+PEERS = ("torchvision:resnet50",)
 
 
-def inference(setting: Setting) -> list[dict[str, Any]]:
-    """One row per peer: the ratio of our time, folded, to it; they ran interleaved, in processes of their own."""
-    return [asdict(ratio) for ratio in ratios(in_processes(__spec__.name, setting), setting.ours)]
+def inference(setting: Setting, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """Measure one row per peer: the ratio of our time, folded; both run interleaved, in processes of their own."""
+    return [asdict(ratio) for ratio in ratios(in_processes(__spec__.name, setting, advance), setting.ours)]
 
 
 def _measure(setting: Setting) -> dict[str, list[float]]:
     steps = {}
     for name, model, x in setting.candidates():
         model.eval()
-        steps[name] = _step(fold(model) if has_scaled_layers(model) else _without_batch_norm(model), x)
+        steps[name] = _step(fold(model) if has_scaled_layers(model) else _fuse_batch_norm(model), x)
     return interleave(steps, setting.ours, rounds=setting.rounds)
 
 
@@ -35,8 +35,8 @@ def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def _without_batch_norm(model: nn.Module) -> nn.Module:
-    """torchvision's ResNets with every BatchNorm in the convolution before it; in place."""
+def _fuse_batch_norm(model: nn.Module) -> nn.Module:
+    """Put every BatchNorm of torchvision's ResNets into the convolution before it; in place."""
     for module in list(model.modules()):
         previous = ""
         for name, child in list(module.named_children()):

@@ -1,4 +1,4 @@
-"""Times side by side, and what a training step keeps in memory."""
+"""Measurements: times side by side, and what a training step keeps in memory."""
 
 import importlib.metadata
 import json
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from normfree.benchmarks.peers import NETWORKS
+from normfree import _torch
+from normfree.benchmarks.peers import open_and_steady
+from normfree.conversion import convert
+from normfree.sources import model_factory
 
 ALLOCATORS = {
     "default": "",
@@ -29,7 +30,7 @@ ALLOCATORS = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of our time to a peer's, over rounds in which both ran."""
+    """Ratio of our time to a peer's, over rounds in which both ran."""
 
     peer: str
     ours_s: float
@@ -73,7 +74,7 @@ def interleave(
 
 
 def ratios(runs: Sequence[Mapping[str, list[float]]], ours: str) -> list[Ratio]:
-    """Of ours to every other one, over the rounds of several runs together."""
+    """Compare ours with every other one, over the rounds of several runs together."""
     times = {name: [seconds for run in runs for seconds in run[name]] for name in runs[0]}
     return [_ratio(peer, times[ours], times[peer]) for peer in times if peer != ours]
 
@@ -83,7 +84,7 @@ def _ratio(peer: str, ours: list[float], theirs: list[float]) -> Ratio:
     return Ratio(peer, statistics.median(ours), statistics.median(theirs), median, low, high, len(ours))
 
 
-class _Storages(TorchDispatchMode):
+class _Storages(_torch.TorchDispatchMode):
     """Remembers, without holding them, the storages of everything that operations return."""
 
     def __init__(self) -> None:
@@ -92,53 +93,64 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
+        for value in _torch.leaves(out):
             if isinstance(value, Tensor):
                 self.seen[value.untyped_storage()] = None
         return out
 
 
 def kept_bytes(model: nn.Module, *inputs: Tensor) -> int:
-    """Bytes that a forward pass leaves for its backward pass, beyond parameters, buffers and inputs.
+    """Count the bytes that a forward pass leaves for its backward pass, beyond parameters, buffers and inputs.
 
     They are those of the storages that are still alive when the forward pass has ended, whoever holds them.
     """
     with _Storages() as storages:
         out = model(*inputs)
-    before = {t.untyped_storage()._cdata for t in (*inputs, *model.parameters(), *model.buffers())}
-    total = sum(storage.nbytes() for storage in storages.seen if storage._cdata not in before)
+    before = {_torch.storage_key(t) for t in (*inputs, *model.parameters(), *model.buffers())}
+    total = sum(storage.nbytes() for storage in storages.seen if _torch.storage_number(storage) not in before)
     del out
     return total
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared with what, and how; networks are named as in `networks.NETWORKS`."""
+    """Networks that are compared, and how; they are named as in `normfree.sources`."""
 
-    ours: str
+    model: str
     peers: tuple[str, ...]
+    convert: bool = False  # the model, before it is measured
     batch: int = 16
-    size: int = 224  # pixels
-    peer_size: int | None = None  # of the peers' images, where it is another one
+    size: tuple[int, int] = (224, 224)  # pixels, height and width
+    peer_size: tuple[int, int] | None = None  # of the peers' images, where it is another one
     channels_last: bool = False
     allocator: str = "default"  # of `ALLOCATORS`
     threads: int = 2
     rounds: int = 9  # in each process
     processes: int = 3  # one after the other: where memory comes to lie moves a ratio, too, once per process
 
+    @property
+    def ours(self) -> str:
+        """Name of what is compared with the peers."""
+        return f"{self.model}, converted" if self.convert else self.model
+
     def candidates(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
-        """Name, new network and images of ours and of every peer, after torch was set up as asked."""
+        """Make name, new network and images of ours and of every peer, after torch was set up as asked."""
         torch.manual_seed(0)
         torch.set_num_threads(self.threads)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        layout: Any = torch.channels_last if self.channels_last else torch.contiguous_format
         for name in (self.ours, *self.peers):
-            size = self.size if name == self.ours else self.peer_size or self.size
-            x = torch.randn(self.batch, 3, size, size).contiguous(memory_format=layout)
-            yield name, NETWORKS[name]().to(memory_format=layout), x
+            is_ours = name == self.ours
+            model = model_factory(self.model if is_ours else name)()
+            if is_ours and self.convert:
+                model = convert(model, torch.randn(16, 3, 64, 64)).model
+            x = torch.randn(self.batch, 3, *(self.size if is_ours else self.peer_size or self.size))
+            yield name, open_and_steady(model).to(memory_format=layout), x.contiguous(memory_format=layout)
 
 
-def in_processes(module: str, setting: Setting) -> list[Any]:
-    """What `serve` prints in each process, `python -m module`, under the setting's allocator.
+def in_processes(module: str, setting: Setting, advance: Callable[[], None] = lambda: None) -> list[Any]:
+    """Collect what `serve` prints in each process, `python -m module`, under the setting's allocator.
+
+    `advance` is called after each.
 
     Raises RuntimeError with the end of its error output if one fails.
     """
@@ -150,17 +162,21 @@ def in_processes(module: str, setting: Setting) -> list[Any]:
         if done.returncode:
             raise RuntimeError(f"{module} failed: {done.stderr[-2000:]}")
         found.append(json.loads(done.stdout))
+        advance()
     return found
 
 
 def serve(measure: Callable[[Setting], Any]) -> None:
-    """The other end of `in_processes`."""
-    setting = Setting(**json.loads(sys.argv[1]))
+    """Measure the setting that `in_processes` gives to this process, and print it."""
+    given = json.loads(sys.argv[1])
+    for name in ("size", "peer_size"):
+        given[name] = given[name] and tuple(given[name])
+    setting = Setting(**given)
     print(json.dumps(measure(setting)))
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """Describe where and with what it is measured."""
     packages = ("torch", "timm", "torchvision")
     return {
         "processor": _processor(),

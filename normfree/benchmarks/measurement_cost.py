@@ -1,4 +1,4 @@
-"""What `characterize` costs: time and peak memory beside one plain `no_grad` forward in the same modes.
+"""Costs of `characterize`: time and peak memory beside one plain `no_grad` forward in the same modes.
 
     python -m normfree.benchmarks.measurement_cost [--rounds 9] [--depths 50 288] [--batch 8]
 
@@ -67,7 +67,7 @@ def peak_bytes(depth: int, batch: int, what: str) -> int:
 
 
 def print_peak(depth: int, batch: int, what: str) -> None:
-    """What the process that `peak_bytes` starts does."""
+    """Run the process that `peak_bytes` starts."""
     model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
     characterize(create_model("nf_resnet26", width=1), torch.randn(2, 3, 64, 64))  # imports, thread pools, kernels
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

@@ -1,18 +1,17 @@
-"""The networks that are compared: ours, what people use, and the limit."""
+"""Networks to compare with that no library has: the limit, and what peers are without their mistakes.
 
-import functools
-import importlib
-from collections.abc import Callable
+On the command line they are `normfree.benchmarks.peers:plain_resnet50` and so on, as any function that makes a model.
+"""
+
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.conversion import convert
-from normfree.models import ResidualNetwork, create_model, from_timm
+from normfree.models import create_model, from_timm
 from normfree.nn import MaxPool2d
-from normfree.nn.conv import SameConv2d
+from normfree.nn.padding import SameConv2d
 
 
 class PlainBlock(nn.Module):
@@ -30,6 +29,7 @@ class PlainBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block, (N, C, H, W) to (N, C', H / stride, W / stride)."""
         out = F.relu(x)
         shortcut = x if self.shortcut is None else self.shortcut(out)
         return shortcut + self.conv2(F.relu(self.conv1(F.relu(self.conv0(out)))))
@@ -51,21 +51,34 @@ class PlainResNet(nn.Module):
         self.fc = nn.Linear(channels, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits, (N, 3, H, W) to (N, 1000)."""
         return self.fc(F.relu(self.blocks(self.stem(x))).mean((2, 3)))
 
 
-def ours(name: str, **arguments: Any) -> ResidualNetwork:
-    """One of our networks as it trains, but without stochastic depth, which the others lack, and with open branches."""
-    model = create_model(name, stochastic_depth_rate=0.0, drop_rate=0.0, **arguments)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("skip_gain"):
-                parameter.fill_(0.5)
-    return model
+def plain_resnet50() -> nn.Module:
+    """Make the limit of `nf_resnet50`, padded as the authors pad."""
+    return PlainResNet()
 
 
-def timm_in_the_paper_s_form() -> nn.Module:
-    """timm's nf_resnet50 with SkipInit gains and γ in the activation.
+def plain_resnet50_symmetric() -> nn.Module:
+    """Make the limit of `nf_resnet50` with padding="symmetric"."""
+    return PlainResNet(padding="symmetric")
+
+
+def nf_resnet50_symmetric() -> nn.Module:
+    """Make our `nf_resnet50` with padding="symmetric"."""
+    return create_model("nf_resnet50", padding="symmetric")
+
+
+def nf_resnet50_from_timm() -> nn.Module:
+    """Make timm's nf_resnet50 on our layers."""
+    import timm
+
+    return from_timm(timm.create_model("nf_resnet50"))
+
+
+def timm_nf_resnet50_of_the_paper() -> nn.Module:
+    """Make timm's nf_resnet50 with SkipInit gains and γ in the activation.
 
     As released its backward raises, since an activation is multiplied in place: that multiplication is replaced by an
     ordinary one.
@@ -77,39 +90,25 @@ def timm_in_the_paper_s_form() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             return self.act_fn(x, inplace=self.inplace) * self.gamma
 
-    model = timm.create_model("nf_resnet50", skipinit=True, gamma_in_act=True)
+    model: nn.Module = timm.create_model("nf_resnet50", skipinit=True, gamma_in_act=True)
     for module in model.modules():
         if isinstance(module, GammaAct):
             module.__class__ = OutOfPlace
     return model
 
 
-def _timm(name: str) -> nn.Module:
-    import timm
-
-    return timm.create_model(name)
-
-
-def _torchvision(name: str) -> nn.Module:
-    models: Any = importlib.import_module("torchvision.models")
-    return models.get_model(name)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "nf_resnet50": functools.partial(ours, "nf_resnet50"),
-    "nf_resnet50, symmetric padding": functools.partial(ours, "nf_resnet50", padding="symmetric"),
-    "limit: plain convolutions": PlainResNet,
-    "limit, symmetric padding": functools.partial(PlainResNet, padding="symmetric"),
-    **{f"nf_resnet{depth}": functools.partial(ours, f"nf_resnet{depth}") for depth in (101, 200)},
-    "torchvision resnet50": functools.partial(_torchvision, "resnet50"),
-    "torchvision resnet50, converted": lambda: convert(_torchvision("resnet50"), torch.randn(16, 3, 64, 64)).model,
-    "timm resnetv2_50 (BatchNorm)": functools.partial(_timm, "resnetv2_50.a1h_in1k"),
-    "timm nf_resnet50": functools.partial(_timm, "nf_resnet50"),
-    "timm nf_resnet50, paper's form": timm_in_the_paper_s_form,
-    "from_timm(nf_resnet50)": lambda: from_timm(_timm("nf_resnet50")),
-    **{f"nf_regnet_b{level}": functools.partial(ours, f"nf_regnet_b{level}") for level in range(3)},
-    **{f"timm nf_regnet_b{level}": functools.partial(_timm, f"nf_regnet_b{level}") for level in range(3)},
-    **{f"timm efficientnet_b{level}": functools.partial(_timm, f"efficientnet_b{level}") for level in range(3)},
-    "timm regnety_008": functools.partial(_timm, "regnety_008"),
-}
-"""The networks by name, each with new parameters."""
+def open_and_steady(model: Any) -> nn.Module:
+    """Open the branches of a network of ours, and switch off what drops activations in anybody's, for fair timing."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for rate in ("drop_rate", "drop_prob"):  # ours and timm's stochastic depth
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
+        if type(module).__name__ == "StochasticDepth":  # torchvision's
+            module.p = 0.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("skip_gain"):
+                parameter.fill_(0.5)
+    return model

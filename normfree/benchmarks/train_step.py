@@ -1,4 +1,4 @@
-"""Time and kept memory of a training step (forward and backward, float32) beside the peers'."""
+"""The training step: time and kept memory (forward and backward, float32) beside the peers'."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from normfree.benchmarks.measure import Setting, in_processes, interleave, kept_bytes, ratios, serve
 
 PEERS = (
-    "limit: plain convolutions",
-    "torchvision resnet50",
-    "timm resnetv2_50 (BatchNorm)",
-    "timm nf_resnet50",
-    "timm nf_resnet50, paper's form",
+    "normfree.benchmarks.peers:plain_resnet50",
+    "torchvision:resnet50",
+    "timm:resnetv2_50.a1h_in1k",
+    "timm:nf_resnet50",
+    "normfree.benchmarks.peers:timm_nf_resnet50_of_the_paper",
 )
 
 
-def train_step(setting: Setting) -> list[dict[str, Any]]:
-    """One row per peer: ratios of our time and kept bytes to it; they ran interleaved, in their own processes."""
-    runs = in_processes(__spec__.name, setting)
+def train_step(setting: Setting, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """Measure one row per peer: ratios of our time and kept bytes; both run interleaved, in processes of their own."""
+    runs = in_processes(__spec__.name, setting, advance)
     kept = runs[0]["kept"]
     ours = kept[setting.ours]
     return [

@@ -7,7 +7,7 @@ from normfree.errors import SignalError, TrainingError
 
 
 def main() -> None:
-    """Run the command that the arguments name; what the user can mend is one sentence and exit code 2."""
+    """Run the command that the arguments name; a fault that the user can mend is one sentence and exit code 2."""
     import tyro
 
     from normfree.cli.bench import bench
@@ -20,7 +20,7 @@ def main() -> None:
     from normfree.cli.train import evaluate, train, train_command
 
     try:
-        if sys.argv[1:2] == ["train"] and sys.argv[2:3] not in (["--help"], ["-h"]):
+        if sys.argv[1:2] == ["train"]:
             train_command(sys.argv[2:])
             return
         tyro.extras.subcommand_cli_from_dict(

@@ -1,20 +1,33 @@
 """`normfree bench`: our networks beside what people would use instead, on this machine."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from normfree.benchmarks.inference import PEERS as INFERENCE_PEERS
 from normfree.benchmarks.inference import inference
 from normfree.benchmarks.measure import ALLOCATORS, Setting, machine
-from normfree.benchmarks.peers import NETWORKS
 from normfree.benchmarks.train_step import PEERS as TRAINING_PEERS
 from normfree.benchmarks.train_step import train_step
-from normfree.cli.output import announce, check_writable, show_table
-from normfree.errors import suggest
+from normfree.cli.output import (
+    Json,
+    Size,
+    announce,
+    check_writable,
+    height_and_width,
+    progress,
+    show_json,
+    show_table,
+)
+from normfree.files import replacing
+from normfree.sources import model_factory
+
+MEASUREMENTS: dict[str, Callable[..., list[dict[str, Any]]]] = {"train-step": train_step, "inference": inference}
+PEERS = {"train-step": TRAINING_PEERS, "inference": INFERENCE_PEERS}
 
 
 def bench(
@@ -22,16 +35,18 @@ def bench(
     /,
     *,
     model: str = "nf_resnet50",
+    convert: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     peers: tuple[str, ...] = (),
     batch: int = 16,
-    size: int = 224,
-    peer_size: int | None = None,
+    size: Size = (224,),
+    peer_size: Size = (),
     channels_last: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     allocator: Literal["default", "tuned"] = "default",
     threads: int = 2,
     rounds: int = 9,
     processes: int = 3,
     out: Path | None = None,
+    json_output: Json = False,
 ) -> None:
     """Measure time (and, in training, what is kept for the backward pass) as ratios to other networks, interleaved.
 
@@ -39,10 +54,11 @@ def bench(
 
     Args:
         what: A training step (forward and backward) or inference with folded weights.
-        model: The network whose ratios are given.
-        peers: Networks to compare with; by default those that a user would pick instead.
+        model: The network whose ratios are given: nf_resnet50, timm:NAME, torchvision:NAME, package.module:factory.
+        convert: Convert it first.
+        peers: Networks to compare with, named likewise; by default those that a user would pick instead.
         batch: Number of images.
-        size: Image size in pixels.
+        size: Height and width of the images, or one number for both.
         peer_size: That of the peers, where it is another one.
         channels_last: Memory layout.
         allocator: "tuned" makes glibc keep what is freed, which takes page faults out of the comparison.
@@ -50,21 +66,43 @@ def bench(
         rounds: At least so many in each process; more while the ratios scatter.
         processes: How many, one after the other; a ratio also depends on where a process's memory comes to lie.
         out: JSON file for the numbers, the machine and the versions.
+        json_output: Print those as JSON instead of a table.
     """
-    training = what == "train-step"
-    peers = peers or (TRAINING_PEERS if training else INFERENCE_PEERS)
+    peers = peers or PEERS[what]
     for name in (model, *peers):
-        if name not in NETWORKS:
-            raise ValueError(f"no benchmark network is called {name!r}{suggest(name, NETWORKS)}")
-    if min(batch, size, peer_size or size, threads, processes) < 1 or rounds < 2:
-        raise ValueError("batch, size, threads and processes must be at least 1, rounds at least 2")
+        model_factory(name)  # raises for one that is not known
+    if min(batch, threads, processes) < 1 or rounds < 2:
+        raise ValueError("batch, threads and processes must be at least 1, rounds at least 2")
     if out is not None:
         check_writable(out, [".json"])
-    setting = Setting(model, peers, batch, size, peer_size, channels_last, allocator, threads, rounds, processes)
-    where = machine()
-    print(f"{where['processor']}, {threads} threads, load {where['load']}, {where['versions']}")
-    print(f"{what} of {model}, batch {batch}, {size} pixels, {allocator} allocator ({ALLOCATORS[allocator] or 'none'})")
-    rows = (train_step if training else inference)(setting)
+    setting = Setting(
+        model, peers, convert, batch, height_and_width(size) or (224, 224), height_and_width(peer_size), channels_last,
+        allocator, threads, rounds, processes,
+    )  # fmt: skip
+    with progress() as bar:
+        task = bar.add_task(what, total=processes)
+        rows = MEASUREMENTS[what](setting, lambda: bar.advance(task))
+    document = {"machine": machine(), "what": what, "setting": asdict(setting), "rows": rows}
+    if json_output:
+        show_json(document)
+    else:
+        _show(what, setting, rows)
+    if out is not None:
+        with replacing(out) as path:
+            path.write_text(json.dumps(document, indent=2) + "\n")
+        if not json_output:
+            announce([out])
+
+
+def _show(what: str, setting: Setting, rows: list[dict[str, Any]]) -> None:
+    training = what == "train-step"
+    where, allocator = machine(), setting.allocator
+    size = "×".join(map(str, setting.size))
+    print(f"{where['processor']}, {setting.threads} threads, load {where['load']}, {where['versions']}")
+    print(
+        f"{what} of {setting.ours}, batch {setting.batch}, {size} pixels, {allocator} allocator "
+        f"({ALLOCATORS[allocator] or 'none'})"
+    )
     columns = ("to", "time", "quartiles", "rounds", "kept for backward")
     show_table(
         columns if training else columns[:-1],
@@ -76,8 +114,3 @@ def bench(
             for row in rows
         ],
     )  # fmt: skip
-    if out is not None:
-        out.write_text(
-            json.dumps({"machine": where, "what": what, "setting": asdict(setting), "rows": rows}, indent=2) + "\n"
-        )
-        announce([out])

@@ -1,18 +1,25 @@
 """`normfree export`: a network for another runtime."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from normfree.cli.model_sources import network_factory
-from normfree.cli.output import announce, check_writable
+from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json
 from normfree.exporting import Format
 from normfree.exporting import export as export_model
 
 
 def export(
-    model: Annotated[str, tyro.conf.Positional], /, *, to: Format, out: Path | None = None, size: int = 224
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    to: Format,
+    out: Path | None = None,
+    size: Size = (224,),
+    json_output: Json = False,
 ) -> None:
     """Fold a network and write it as ONNX or as an exported PyTorch program; batch and image size stay dynamic.
 
@@ -23,10 +30,14 @@ def export(
             nf_resnet50, timm:NAME, torchvision:NAME, package.module:factory.
         to: Format of the file.
         out: File to write, by default MODEL.onnx or MODEL.pt2 in the current folder.
-        size: Image size in pixels of the example that the program is made from.
+        size: Height and width, or one number for both, of the example that the program is made from.
+        json_output: Print the result as JSON.
     """
     path = out or Path(f"{Path(model).name.replace(':', '_').replace('/', '_')}.{to}")
     check_writable(path, [f".{to}"])
-    result = export_model(network_factory(model)(), path, to=to, size=size)
+    result = export_model(network_factory(model)(), path, to=to, size=height_and_width(size) or 224)
+    if json_output:
+        show_json(asdict(result))
+        return
     print(f"largest difference {result.difference:.2g}, of outputs up to {result.largest:.3g}")
     announce([result.path])

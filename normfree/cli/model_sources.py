@@ -1,18 +1,32 @@
-"""The networks that commands are given."""
+"""Models and images that commands are given, each named in one way everywhere."""
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
-from torch import nn
+import tyro
+from torch import Tensor, nn
 
+from normfree.images import batch_function
 from normfree.sources import model_factory
+from normfree.trace.inputs import input_shape, noise
+
+Input = Annotated[str, tyro.conf.arg(metavar="noise|photos|DIR")]
+"""Type of the images of a command: white noise, crops of two real photographs, or images of a folder."""
 
 
 def network_factory(name: str) -> Callable[[], nn.Module]:
-    """`model_factory`, and of the folder of a run, or of one of its checkpoints, the trained network."""
+    """Apply `model_factory`; the folder of a run, or of one of its checkpoints, names the trained network."""
     if any((Path(name) / file).is_file() for file in ("data.json", "position.json")):
         from normfree.training import load_run
 
         return functools.partial(load_run, name)
     return model_factory(name)
+
+
+def image_function(source: str, batch: int, size: tuple[int, int] | None) -> Callable[[nn.Module], Tensor]:
+    """Make a function of a model that draws a batch of images for it, of the model's own size where none is given."""
+    if source == "noise":
+        return functools.partial(noise, batch=batch, size=size)
+    return batch_function(source, batch, functools.partial(input_shape, size=size))

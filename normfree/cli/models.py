@@ -1,13 +1,12 @@
 """`normfree models`: the networks of this package."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated
 
 import tyro
 
-from normfree.cli.output import progress, show_table
+from normfree.cli.output import Json, Size, height_and_width, progress, show_json, show_table
 from normfree.errors import suggest
 from normfree.models import list_models
 from normfree.models.cost import Cost, cost
@@ -17,18 +16,17 @@ def models(
     pattern: Annotated[str, tyro.conf.Positional] = "*",
     /,
     *,
-    size: int | None = None,
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
+    size: Size = (),
+    json_output: Json = False,
 ) -> None:
     """List the paper's networks with their parameters and multiply-accumulates (at their training size).
 
     Args:
         pattern: Only names that match, such as "nf_*" or "resnet50".
-        size: Count multiply-accumulates at this image size instead, in pixels.
+        size: Height and width, or one number for both, at which multiply-accumulates are counted instead.
         json_output: Print a JSON list instead of a table.
     """
-    if size is not None and size < 1:
-        raise ValueError(f"size is {size}; it must be at least 1")
+    image_size = height_and_width(size)
     names = list_models(pattern if any(c in pattern for c in "*?[") else f"*{pattern}*")
     if not names:
         raise ValueError(f"no model matches {pattern!r}{suggest(pattern, list_models())}")
@@ -36,10 +34,10 @@ def models(
     def costs() -> Iterator[Cost]:
         with progress() as bar:
             for name in bar.track(names, description="counting"):
-                yield cost(name, size=size)
+                yield cost(name, size=image_size if len(size) == 2 else image_size and image_size[0])
 
     if json_output:
-        print(json.dumps([asdict(entry) for entry in costs()], indent=2))
+        show_json([asdict(entry) for entry in costs()])
         return
     show_table(
         ("model", "parameters", "multiply-accumulates", "size", "test size"),

@@ -1,21 +1,39 @@
-"""What the commands share: where output goes, and the progress bar."""
+"""Output of the commands: tables or JSON, files, and the progress bar; and the size that they are given."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+Json = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
+"""Type of the flag that asks for JSON instead of a table."""
+
+Size = Annotated[tuple[int, ...], tyro.conf.arg(metavar="H [W]", help_behavior_hint="")]
+"""Type of an image size: height and width, or one number for both; read by `height_and_width`."""
+
+
+def height_and_width(size: tuple[int, ...]) -> tuple[int, int] | None:
+    """Read a size; None where none is given. Raises ValueError for more than two numbers, or less than one pixel."""
+    if len(size) > 2:
+        raise ValueError(f"size is {size}; give height and width, or one number for both")
+    if size and min(size) < 1:
+        raise ValueError(f"size is {size}; height and width must be at least 1 pixel")
+    return (size[0], size[-1]) if size else None
+
 
 def first_process() -> bool:
-    """Whether this is the one that speaks, of those that torchrun or accelerate launch has started."""
+    """Tell whether this process is the first of those that torchrun or accelerate launch has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A rich table on a terminal, numbers on the right; lines of cells separated by tabs in a pipe or a file."""
+    """Print a rich table on a terminal, numbers on the right; lines of cells separated by tabs elsewhere."""
     console = Console()
     if not console.is_terminal:
         for row in (columns, *rows):
@@ -29,14 +47,19 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table)
 
 
+def show_json(value: Any) -> None:
+    """Print a value as JSON; paths as text."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+
+
 def announce(paths: Iterable[Path]) -> None:
-    """Say which files were written."""
+    """Print which files were written."""
     for path in paths:
         print(f"written: {path}")
 
 
 def progress() -> Progress:
-    """A bar on standard error, gone when done; nothing where that is no terminal."""
+    """Make a bar on standard error, gone when done; nothing where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,11 +1,12 @@
 """`normfree study`: the paper's claims, measured."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from normfree.cli.output import announce, first_process, show_table
+from normfree.cli.output import Json, announce, first_process, show_json, show_table
 
 
 def study(
@@ -17,6 +18,7 @@ def study(
     budget: Literal["toy", "small", "full"] = "small",
     only: tuple[str, ...] = (),
     out: Path | None = None,
+    json_output: Json = False,
 ) -> None:
     """Train the cells of a study and set them out: table.md, chart.png, results.csv, trainings.csv, a folder per run.
 
@@ -29,20 +31,33 @@ def study(
         budget: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
         only: Train these rows and columns of the table; others are shown as far as they are there.
         out: Folder of the results; studies/NAME by default.
+        json_output: Print the table as JSON, every training with it.
     """
-    from normfree.studies.definitions import study as defined
-    from normfree.studies.results import table, write
-    from normfree.studies.runner import run
+    from normfree.studies.definitions import define_study
+    from normfree.studies.results import build_table, write_results
+    from normfree.studies.runner import run_study
 
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
-    one = defined(name, data, budget)
+    defined = define_study(name, data, budget)
     folder = out or Path("studies") / name
     folder.mkdir(parents=True, exist_ok=True)
-    first = first_process()
-    if first:
-        print(one.claim)
-    entries = run(one, folder, seeds=seeds, only=only, said=lambda text: print(text, flush=True))
-    if first:
-        show_table(*table(one, entries, folder))
-        announce(write(one, folder, entries))
+    speaks = first_process() and not json_output
+    if speaks:
+        print(defined.claim)
+
+    def on_message(text: str) -> None:
+        if speaks:
+            print(text, flush=True)
+
+    entries = run_study(defined, folder, seeds=seeds, only=only, on_message=on_message)
+    if not first_process():
+        return
+    titles, rows = build_table(defined, entries, folder)
+    written = write_results(defined, folder, entries)
+    if json_output:
+        trainings = [asdict(training) for entry in entries for training in entry.trainings]
+        show_json({"claim": defined.claim, "columns": titles, "rows": rows, "trainings": trainings})
+        return
+    show_table(titles, rows)
+    announce(written)

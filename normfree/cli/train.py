@@ -1,11 +1,22 @@
 """`normfree train`: train a recipe; `normfree eval`: test what was trained."""
 
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from normfree.cli.output import first_process, show_table
+from normfree.cli.output import Json, first_process, progress, show_json, show_table
+
+_USAGE = """Train a network as a recipe says, into a folder: normfree train digits --out runs/first
+
+normfree train RECIPE …        a recipe by name; normfree train --list shows them
+normfree train --from FILE …   the config.json of a run
+normfree train                 the list of recipes
+
+Every field of the recipe is an option; the defaults below are those of {name}."""
 
 
 def train(
@@ -14,30 +25,45 @@ def train(
     """Train a network as a recipe says: `normfree train digits --out runs/first`.
 
     `normfree train --list` shows the recipes, `normfree train RECIPE --help` their fields.
+
+    Args:
+        arguments: Name of a recipe, and its fields as options, such as --epochs 3.
     """
     train_command(list(arguments))
 
 
 def train_command(arguments: list[str]) -> None:
-    """`normfree train …`: the fields' defaults depend on the recipe, so the recipe is read first."""
-    from normfree.training import RECIPES, Recipe, recipe
-    from normfree.training import train as run
+    """Run `normfree train …`: the fields' defaults depend on the recipe, so the recipe is read first."""
+    from normfree.training import Recipe, recipe
 
-    if arguments[:1] == ["--list"]:
-        show_table(
-            ("recipe", "model", "data", "epochs", "batch"),
-            [(name, r.model, r.data, str(r.epochs), str(r.batch)) for name, r in RECIPES.items()],
-        )
+    if arguments[:1] == ["--list"] and arguments[1:] in ([], ["--json"]):
+        _list_recipes(json_output=arguments[1:] == ["--json"])
         return
-    if arguments and arguments[0].startswith("--from="):
+    if not arguments:
+        _list_recipes(json_output=False)
+        raise ValueError("name a recipe, as in: normfree train digits (normfree train RECIPE --help shows its options)")
+    if arguments[0] in ("--help", "-h"):
+        tyro.cli(
+            _command(recipe("digits"), Path("runs/RECIPE")), args=["--help"], prog="normfree train RECIPE",
+            description=_USAGE.format(name="digits"),
+        )  # fmt: skip
+    if arguments[0].startswith("--from="):
         arguments = ["--from", arguments[0].removeprefix("--from="), *arguments[1:]]
-    if arguments[:1] == ["--from"] and len(arguments) > 1:
+    if arguments[0] == "--from":
+        if len(arguments) < 2:
+            raise ValueError("--from needs the config.json of a run")
         name, default, rest = "--from FILE", Recipe.from_json(arguments[1]), arguments[2:]
+    elif arguments[0].startswith("-"):
+        raise ValueError(f"the recipe comes first, as in: normfree train digits {' '.join(arguments)}")
     else:
-        name = arguments[0] if arguments and not arguments[0].startswith("-") else "digits"
-        default, rest = recipe(name), arguments[1:] if arguments[:1] == [name] else arguments
+        name, default, rest = arguments[0], recipe(arguments[0]), arguments[1:]
+    command = _command(default, Path("runs") / name.strip("-").split()[0])
+    tyro.cli(command, args=rest, prog=f"normfree train {name}", description=_USAGE.format(name=name))
 
-    folder = Path("runs") / name.strip("-").split()[0]
+
+def _command(default: Any, folder: Path) -> Callable[..., None]:
+    from normfree.training import Recipe
+    from normfree.training import train as run
 
     def command(
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
@@ -45,20 +71,38 @@ def train_command(arguments: list[str]) -> None:
         out: Path = folder,
         resume: Literal["never", "auto"] = "never",
         quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+        json_output: Json = False,
     ) -> None:
         """Train into a folder: config.json, metrics.csv, checkpoints/, and at the end the weights and curves.png.
 
         Args:
-            recipe: What is trained, on what, and how.
+            recipe: Everything that decides how the network is trained.
             out: Folder of the run.
             resume: "auto" goes on after the newest checkpoint in the folder, or begins.
             quiet: Print nothing but the result.
+            json_output: Print the result as JSON.
         """
         result = run(recipe, out, resume=resume, quiet=quiet)
         if first_process():
-            _show(result)
+            if json_output:
+                show_json(asdict(result))
+            else:
+                _show(result)
 
-    tyro.cli(command, args=rest, prog=f"normfree train {name}")
+    return command
+
+
+def _list_recipes(*, json_output: bool) -> None:
+    from normfree.training import RECIPES
+
+    if json_output:
+        show_json({name: asdict(recipe) for name, recipe in RECIPES.items()})
+        return
+    show_table(
+        ("recipe", "model", "data", "epochs", "batch"),
+        [(name, r.model, r.data, str(r.epochs), str(r.batch)) for name, r in RECIPES.items()],
+    )
+    sys.stdout.flush()
 
 
 def _show(result: Any) -> None:
@@ -78,7 +122,8 @@ def evaluate(
     *,
     data: str | None = None,
     weights: Path | None = None,
-    model: str | None = None,
+    trusted_model: str | None = None,
+    json_output: Json = False,
 ) -> None:
     """Test a trained network.
 
@@ -86,12 +131,22 @@ def evaluate(
         run: Folder of a run, or of one of its checkpoints.
         data: Another data set than the run's, with the same classes.
         weights: Another .safetensors file than the run's averaged weights or, where there are none, its last.
-        model: The run's model again, where that is a function of a package, which will be imported and called.
+        trusted_model: The run's model again, where that is a function of a package, which is imported and called.
+        json_output: Print the result as JSON.
     """
     from normfree.training import evaluate_run
 
-    found = evaluate_run(run, data=data, weights=weights, model=model)
+    with progress() as bar:
+        task = bar.add_task("testing", total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        found = evaluate_run(run, data=data, weights=weights, trusted_model=trusted_model, advance=advance)
     if not first_process():
+        return
+    if json_output:
+        show_json({"run": run, **asdict(found)})
         return
     show_table(
         ("run", "images", "loss", "top-1 %", "top-5 %"),

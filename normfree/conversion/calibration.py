@@ -98,6 +98,6 @@ def _scaling(
 
 
 def _broadcast(bias: Tensor, layer: ScaledWS, out: Tensor) -> Tensor:
-    """What a bias adds to the output, in a shape that broadcasts along the output's channels."""
+    """Shape a bias, times `out_scale`, so that it broadcasts along the output's channels."""
     behind = out.ndim - 1 - layer.channel_axis % out.ndim
     return (bias * layer.out_scale.to(bias.dtype)).to(out.dtype).view(-1, *[1] * behind)

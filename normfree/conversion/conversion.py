@@ -1,4 +1,4 @@
-"""convert(): somebody's network with normalizers -> the same network without."""
+"""The conversion: somebody's network with normalizers -> the same network without."""
 
 import contextlib
 import copy
@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from normfree.conversion.calibration import CLOSE, calibrate
-from normfree.conversion.plan import Change, Plan, kept_norms, list_changes, make_plan
+from normfree.conversion.decision import kept_norms, list_changes, make_plan
+from normfree.conversion.plan import Change, Plan
+from normfree.conversion.replacement import apply_plan
 from normfree.conversion.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.signal import SignalReport, characterize
-from normfree.signal.measurement import refuse_what_cannot_run
-from normfree.trace.inputs import as_call, map_tensors, tensors
+from normfree.trace.inputs import as_call
 from normfree.trace.joins import find_joins
-from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, measuring, opened
+from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, opened
 from normfree.trace.tape import Tape
+from normfree.trace.watched import refuse_unrunnable, run_watched
 
 Norm = Literal["batch", "group", "layer", "instance"]
 
@@ -40,18 +42,27 @@ _PLAN = "normfree_plan"
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted network, and what was changed on the way."""
+    """Converted network, and what was changed on the way.
+
+    Attributes:
+        model: The network without normalizers.
+        changes: One `Change` per replaced layer and per normalizer.
+        before: Signal of the original.
+        after: Signal of the converted network.
+        departure: Largest |variance - 1| of a branch where it joins, after calibration.
+        plan: Modules that were replaced, by path.
+    """
 
     model: nn.Module
     changes: tuple[Change, ...]
     before: SignalReport
     after: SignalReport
-    departure: float  # largest |variance - 1| of a branch where it joins, after calibration
+    departure: float
     plan: Plan
 
     @property
     def kept(self) -> list[Change]:
-        """The normalizers that are still there, and why."""
+        """Normalizers that are still there, and why."""
         return [change for change in self.changes if change.action == "kept"]
 
     def __str__(self) -> str:
@@ -94,7 +105,7 @@ def convert(
     depthwise: Literal["standardize", "scale"] = "standardize",
     inplace: bool = False,
 ) -> Conversion:
-    """A network without its normalizers, its signal under control, and what was changed to get there.
+    """Make a network without its normalizers, its signal under control, and say what was changed to get there.
 
     Every convolution that a normalizer normalizes, directly or on the way to the next pre-activation, becomes a
     `ScaledWSConv` with the same weights; the normalizer becomes the identity, keeping an activation and a dropout that
@@ -105,58 +116,86 @@ def convert(
     replaced, no forward is touched. The weights are preserved, up to a factor per layer that standardization ignores;
     the function is not, unless it is asked for.
 
-    images     a batch, as for `characterize`, or a DataLoader, of which the first 64 images are taken
-    keep       "weights", or "function", for a trained network that is to be trained on at a low rate: α is 1, filters
-               are scaled without subtracting their means, such that the network computes what the original does in
-               eval mode; normalizers without running statistics, or of anything but one layer's output, stay
-    alpha      what branches of unit variance are multiplied by; None: 0.2
-    norms      which normalizers go: "batch" (frozen and synchronized ones too), "group", "layer", "instance"
-    exclude    paths of modules that stay as they are, with everything in them; glob patterns too
-    depthwise  of convolutions with one channel per group: "standardize", or "scale", without subtracting the mean
-    inplace    convert the model itself rather than a copy; a SignalError may leave it half converted
+    Args:
+        model: Network to convert.
+        images: A batch, as for `characterize`, or a DataLoader, of which the first 64 images are taken.
+        keep: "weights", or "function", for a trained network that is to be trained on at a low rate: α is 1, filters
+            are scaled without subtracting their means, such that the network computes what the original does in eval
+            mode; normalizers without running statistics, or of anything but one layer's output, stay.
+        alpha: Factor of branches of unit variance; None: 0.2.
+        norms: Normalizers that go: "batch" (frozen and synchronized ones too), "group", "layer", "instance".
+        exclude: Paths of modules that stay as they are, with everything in them; glob patterns too.
+        depthwise: Treatment of convolutions with one channel per group: "standardize", or "scale", without subtracting
+            the mean.
+        inplace: Convert the model itself rather than a copy; a SignalError may leave it half converted.
 
-    Raises ValueError where nothing can be converted or an argument cannot be, TypeError for what is no module, and
-    SignalError where the model does not run on the images or a variance cannot be set.
+    Returns:
+        The converted network, every change with its reason, and the signal before and after.
+
+    Raises:
+        ValueError: Where nothing can be converted, or an argument cannot be.
+        TypeError: For a model that is no module.
+        SignalError: Where the model does not run on the images, or a variance cannot be set.
     """
     _check(model, keep, alpha, norms, exclude, depthwise)
-    alpha = 0.2 if alpha is None else alpha
     paths = _selected(model, norms, exclude)
     images = _batch(images)
-    refuse_what_cannot_run(model)
+    refuse_unrunnable(model)
     model = model if inplace else copy.deepcopy(model)
     before = characterize(model, images)
-    args, kwargs = as_call(images, model)
-    tape = Tape()
-    _run(model, tape, args, kwargs)
-    structure = read_structure(tape, paths)
-    kept = kept_norms(model, structure, paths, exclude, exactly=keep == "function")
-    removed = [path for path in sorted(paths) if path not in kept]
-    if not removed:
-        raise _nothing_to_convert(model, "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3]))
-    plan = make_plan(model, structure, removed, exactly=keep == "function", scale_depthwise=depthwise == "scale")
-    changes = list_changes(model, plan, kept)
-    if keep == "function":
-        plan.apply(model, computing=True)
-        with _all_running(model, plan):
-            after = characterize(model, images)
-        return Conversion(model, changes, before, after, 0.0, plan)
-    multipliers = {name for join in find_joins(tape) for name in join.parameters}
-    layers = plan.apply(model)
-    for planned in plan.layers:
-        layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
-    after_norms = [planned.path for planned in plan.layers if planned.norm is not None]
-    shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
-    with opened(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
-        departure = calibrate(layers, shifts, lambda tape: _run(model, tape, args, kwargs))
+    call, tape = as_call(images, model), Tape()
+    run_watched(model, tape, *call)
+    exactly = keep == "function"
+    plan, changes = _decide(model, tape, paths, exclude, exactly=exactly, scale_depthwise=depthwise == "scale")
+    departure = 0.0
+    if exactly:
+        apply_plan(plan, model, keep_function=True)
+    else:
+        departure = _calibrated(model, plan, tape, 0.2 if alpha is None else alpha, call)
     with _all_running(model, plan):
         after = characterize(model, images)
     return Conversion(model, changes, before, after, departure, plan)
 
 
-def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
-    """`model`, a fresh network of the class that was converted, as `Conversion.save` wrote it; changed in place.
+def _decide(
+    model: nn.Module, tape: Tape, paths: set[str], exclude: Sequence[str], *, exactly: bool, scale_depthwise: bool
+) -> tuple[Plan, tuple[Change, ...]]:
+    structure = read_structure(tape, paths)
+    kept = kept_norms(model, structure, paths, exclude, exactly=exactly)
+    removed = [path for path in sorted(paths) if path not in kept]
+    if not removed:
+        raise _nothing_to_convert(model, "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3]))
+    plan = make_plan(model, structure, removed, exactly=exactly, scale_depthwise=scale_depthwise)
+    return plan, list_changes(model, plan, kept)
 
-    Raises ValueError for a file that is none of ours, or of another network.
+
+def _calibrated(
+    model: nn.Module, plan: Plan, tape: Tape, alpha: float, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> float:
+    """Apply the plan and set all scales on these inputs; return the largest departure of a branch's variance."""
+    multipliers = {name for join in find_joins(tape) for name in join.parameters}
+    layers = apply_plan(plan, model)
+    for planned in plan.layers:
+        layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
+    after_norms = [planned.path for planned in plan.layers if planned.norm is not None]
+    shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
+    with opened(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
+        return calibrate(layers, shifts, lambda tape: run_watched(model, tape, *call))
+
+
+def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
+    """Convert `model` again as `Conversion.save` wrote it; in place.
+
+    Args:
+        model: Fresh network of the class that was converted.
+        path: File that `Conversion.save` has written.
+
+    Returns:
+        The model, with the saved tensors.
+
+    Raises:
+        ValueError: For a file that is no conversion, or of another network.
+        FileNotFoundError: Where there is no file.
     """
     try:
         with safe_open(str(path), "pt") as file:
@@ -166,24 +205,13 @@ def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
                 here = tuple(parameter.shape)
                 if name in held and (there := tuple(file.get_slice(name).get_shape())) != here:
                     raise ValueError(f"{name} is {there} there and {here} here")
-        plan.apply(model)
+        apply_plan(plan, model)
         load_model(model, str(path))
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(f"{path} is no conversion of a {type(model).__name__} ({error})") from error
     return model
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: gains, biases, skip gains and normalizers without weight decay."""
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _check(
@@ -206,7 +234,7 @@ def _check(
 
 
 def _batch(images: Any) -> Any:
-    """The inputs as `characterize` takes them; of a DataLoader the first 64 images."""
+    """Read the inputs as `characterize` takes them; of a DataLoader the first 64 images."""
     if not isinstance(images, DataLoader):
         return images
     taken: list[Tensor] = []
@@ -223,7 +251,7 @@ def _batch(images: Any) -> Any:
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:
-    """Paths of the normalizers to remove. Raises ValueError where none are, and for an `exclude` without a match."""
+    """Find the paths of the normalizers to remove. Raises ValueError for none, and for an `exclude` without a match."""
     known = dict(model.named_modules())
     for pattern in exclude:
         if not any(fnmatch.fnmatchcase(path, pattern) for path in known):
@@ -245,7 +273,7 @@ def _nothing_to_convert(model: nn.Module, why: str) -> ValueError:
 
 @contextlib.contextmanager
 def _all_running(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """Raises SignalError where a module that was put in did not run."""
+    """Raise SignalError where a module that was put in did not run."""
     paths = [planned.path for planned in plan.layers] + [norm.path for norm in plan.removed]
     missing = dict.fromkeys(paths)
     with contextlib.ExitStack() as hooks:
@@ -258,16 +286,3 @@ def _all_running(model: nn.Module, plan: Plan) -> Iterator[None]:
             f"{next(iter(missing))} was replaced and did not run: the forward reaches the one before past the modules' "
             "tree, as through a plain list (use nn.ModuleList)"
         )
-
-
-def _run(model: nn.Module, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """One forward pass on copies of the inputs, in eval mode, with the batch's statistics where there are some."""
-    copies = map_tensors(lambda t: t.clone(), (args, kwargs))
-    with measuring(model, batch_stats=True), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        try:
-            with tape.record(model, tensors(copies)):
-                model(*copies[0], **copies[1])
-        except SignalError:
-            raise
-        except Exception as error:
-            raise SignalError(f"the forward of {type(model).__name__} failed at {tape.last_module}: {error}") from error

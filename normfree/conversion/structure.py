@@ -1,4 +1,4 @@
-"""What normalizes what: read from a run's tape, for any topology."""
+"""Structure of a network: its normalizers and their weight layers, read from a run's tape, for any topology."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ _PRODUCTS = {"mul", "mul_"}
 
 @dataclass
 class Structure:
-    """How the normalizers of a network stand to its weight layers, by paths of modules."""
+    """Relations of a network's normalizers to its weight layers, by paths of modules."""
 
     sources: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """Of every normalizer that ran: the weight layers whose outputs it normalizes, the nearest on each way."""
+    """Normalizer that ran -> the weight layers whose outputs it normalizes, the nearest on each way."""
     of_input: set[str] = field(default_factory=set)
     """Normalizers that take the network's input, or a part of it, past all weight layers."""
     direct: dict[str, str] = field(default_factory=dict)
@@ -70,15 +70,15 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
 
 
 def branch_ends(tape: Tape) -> dict[int, tuple[int, set[str]]]:
-    """Of the joins' nodes: which operand is the branch that a weight layer ends, and the paths of those that do.
+    """Find, for the nodes of joins, the operand that is a branch, and the paths of the weight layers that end it.
 
-    They are several where branches are concatenated, or where parallel ones are added before they join a residual
-    stream; there the last join counts. An operand that is a residual stream itself is no branch.
+    Those layers are several where branches are concatenated, or where parallel ones are added before they join a
+    residual stream; there the last join counts. An operand that is a residual stream itself is no branch.
     """
     joins = {join.node: join for join in find_joins(tape)}
     chosen: dict[int, tuple[int, int]] = {}  # by call of a weight layer
     for join in joins.values():
-        for operand in (join.branch, join.past):
+        for operand in (join.branch_node, join.shortcut_node):
             layers, is_stream = _weight_layers(tape.nodes, operand, joins)
             if not is_stream:
                 chosen |= dict.fromkeys(layers, (join.node, operand))
@@ -90,8 +90,10 @@ def branch_ends(tape: Tape) -> dict[int, tuple[int, set[str]]]:
 
 
 def _weight_layers(nodes: Sequence[Node], start: int, joins: Mapping[int, Join]) -> tuple[set[int], bool]:
-    """The nearest weight layers before a node, or itself, gates left aside; and whether an input, or a residual stream,
-    is reached past them: one of `joins` whose shortcut has no weights.
+    """Find the nearest weight layers before a node, or itself, gates left aside.
+
+    Also tells whether an input, or a residual stream (one of `joins` whose shortcut has no weights), is reached without
+    crossing them.
     """
     layers, is_stream = set(), False
     seen, stack = {start}, [start]
@@ -136,7 +138,7 @@ def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:
 
 
 def _on_channels(nodes: Sequence[Node], norm: str) -> bool:
-    """Whether the scale and shift of a normalizer are those of its input's channels, not of another axis."""
+    """Tell whether the scale and shift of a normalizer are those of its input's channels, not of another axis."""
     for node in nodes:
         if node.module == norm and any(kind in node.op for kind in ("batch_norm", "group_norm", "layer_norm")):
             taken = nodes[node.parents[0]]
@@ -147,7 +149,7 @@ def _on_channels(nodes: Sequence[Node], norm: str) -> bool:
 
 
 def _users(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
-    """What takes a node's values, through views."""
+    """Yield the nodes that take a node's values, through views."""
     for child in children[index]:
         if child.op in VIEWS:
             yield from _users(child.index, children) if children[child.index] else (child,)
@@ -156,7 +158,7 @@ def _users(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
 
 
 def _writers(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
-    """What writes into a node's memory."""
+    """Yield the nodes that write into a node's memory."""
     for child in children[index]:
         if child.op.endswith("_"):
             yield child

@@ -1,4 +1,4 @@
-"""Which blocks a residual network has."""
+"""Plan of a residual network's blocks: stages, channels, strides, stochastic depth."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ RESNET_DEPTHS = {
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What distinguishes one residual block from the next."""
+    """Properties that distinguish one residual block from the next."""
 
     stage: int
     in_channels: int
@@ -28,7 +28,7 @@ class BlockPlan:
 
     @property
     def projects(self) -> bool:
-        """Whether the shortcut needs a convolution."""
+        """True where the shortcut needs a convolution."""
         return self.stride > 1 or self.in_channels != self.out_channels
 
 

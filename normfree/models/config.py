@@ -1,4 +1,4 @@
-"""What can be chosen of any network of this package."""
+"""Configuration that all networks of this package have."""
 
 import dataclasses
 from dataclasses import dataclass

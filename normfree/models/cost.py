@@ -1,4 +1,4 @@
-"""What a network costs before it is built: parameters and multiply-accumulates."""
+"""Costs of a network before it is built: parameters and multiply-accumulates."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ from normfree.models.registry import create_model
 
 @dataclass(frozen=True)
 class Cost:
-    """A network of the registry, counted."""
+    """Counts of a network of the registry."""
 
     name: str
     parameters: int
     macs: int  # multiply-accumulates of one forward pass of one image of `size`, padding included
-    size: int  # pixels: the height and width that the network is trained at, or that were asked for
+    size: int | tuple[int, int]  # pixels: height and width that the network is trained at, or that were asked for
     test_size: int
     drop_rate: float
     weight_decay: float
 
 
-def cost(name: str, *, size: int | None = None, **overrides: Any) -> Cost:
-    """Count `create_model(name, **overrides)` for images of `size` pixels (its training size if None).
+def cost(name: str, *, size: int | tuple[int, int] | None = None, **overrides: Any) -> Cost:
+    """Count `create_model(name, **overrides)` for images of `size`: (height, width) or one number; None: as trained.
 
     Convolutions and matrix products are counted, by torch's own flop counter, as in the authors' tables; nothing is
     allocated.
@@ -45,8 +45,9 @@ def cost(name: str, *, size: int | None = None, **overrides: Any) -> Cost:
     )
 
 
-def multiply_accumulates(model: nn.Module, channels: int, size: int) -> int:
-    """Of convolutions and matrix products, for one image of `size` pixels; `model` is on the meta device."""
+def multiply_accumulates(model: nn.Module, channels: int, size: int | tuple[int, int]) -> int:
+    """Count those of convolutions and matrix products, for one image; `model` is on the meta device."""
+    height, width = (size, size) if isinstance(size, int) else size
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model.eval()(torch.empty(1, channels, size, size, device="meta"))
+        model.eval()(torch.empty(1, channels, height, width, device="meta"))
     return counter.get_total_flops() // 2

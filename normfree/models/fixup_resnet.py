@@ -9,8 +9,8 @@ from normfree.models.block_plan import RESNET_DEPTHS, BlockPlan, plan_resnet
 from normfree.models.config import NetworkConfig
 from normfree.models.network import Head, ResidualNetwork
 from normfree.nn import Bias, MaxPool2d, PostActivationBlock, SkipInit, make_activation
-from normfree.nn.blocks import init_truncated_normal
-from normfree.nn.conv import SameConv2d
+from normfree.nn.initialization import truncated_normal_
+from normfree.nn.padding import SameConv2d
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class FixUpResNet(ResidualNetwork):
     def __init__(self, config: FixUpResNetConfig) -> None:
         plans = plan_resnet(config.depths, config.width, config.stochastic_depth_rate)
         stem = _conv(config, config.in_channels, plans[0].in_channels, 7, 2)
-        init_truncated_normal(stem.weight)
+        truncated_normal_(stem.weight)
         features = plans[-1].out_channels
         super().__init__(
             config,

@@ -11,15 +11,21 @@ from normfree.nn import EfficientChannelAttention, PreActivationBlock, ScaledWSC
 
 
 def from_timm(model: Any) -> nn.Module:
-    """A copy of timm's `NormFreeNet` (nf_resnet*, nf_regnet_b*, nfnet_f*, dm_nfnet_f*, eca_nfnet_l*, …) on our layers.
+    """Copy timm's `NormFreeNet` (nf_resnet*, nf_regnet_b*, nfnet_f*, dm_nfnet_f*, eca_nfnet_l*, …) onto our layers.
 
     The same function with the same parameters, in eval and in training mode, and still timm's class with all of its
     methods. Every scalar of timm's blocks (β, γ where it stands in the activation, the attention's gain, α, SkipInit
     gain) moves into the weights of a convolution or into a gate. timm's √(var + eps) is absorbed into the gains, so
     parameters that a training changes afterwards are clamped as the authors' are.
 
-    Raises ValueError, with its name, for anything that is not one of timm's normalizer-free networks or a layer in one
-    that is not supported.
+    Args:
+        model: One of timm's normalizer-free networks.
+
+    Returns:
+        The copy, of timm's class.
+
+    Raises:
+        ValueError: By name, for any other model, and for a layer that is not supported.
     """
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if kind != "timm.models.nfnet.NormFreeNet":
@@ -144,12 +150,12 @@ def _gate(
 
 
 def _gamma(activation: Any) -> float:
-    """What timm's `GammaAct` multiplies by after its function."""
+    """Return the factor of timm's `GammaAct` after its function; 1 for another activation."""
     return float(activation.gamma) if type(activation).__name__ == "GammaAct" else 1.0
 
 
 def _activation(activation: Any, *, keep_gamma: bool = False) -> nn.Module:
-    """timm's activation without γ; in place where that saves memory, which is where its derivative needs its output."""
+    """Take γ out of timm's activation; in place where that saves memory: where its derivative needs its output."""
     if type(activation).__name__ == "GammaAct":
         from timm.layers.create_act import create_act_layer
 

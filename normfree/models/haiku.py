@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.models.baseline_resnet import ResNet, ResNetConfig
 from normfree.models.fixup_resnet import FixUpResNet
 from normfree.models.network import ResidualNetwork
 from normfree.models.nf_blocks import NFConfig
-from normfree.models.nf_regnet import NFRegNet
 from normfree.models.nf_resnet import NFResNet
 from normfree.models.nfnet import NFNet
-from normfree.models.resnet import ResNet, ResNetConfig
+from normfree.models.regnet import NFRegNet
 from normfree.models.safe_pickle import read_arrays
 from normfree.nn import Bias, ScaledWSConv2d
 from normfree.nn.scales import Scales
@@ -25,14 +25,23 @@ def load_haiku(
 ) -> ResidualNetwork:
     """Set the parameters of `model` to those of the authors' network, and return it.
 
-    `params` maps "<module path>//<parameter name>" (or is nested, {module path: {parameter name: array}}) to arrays in
-    Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers (1, 1, 1, C); or is the path
-    of a file of such a mapping, like the published F0_haiku.npz, which is read without running what it may hold.
-    `state` holds the moving averages of BatchNorm in the same form. The network's γ become the authors' constants,
-    which are slightly off the exact ones (gains="reference").
+    The network's γ become the authors' constants, which are slightly off the exact ones (gains="reference").
 
-    Raises ValueError that lists everything missing, unexpected or of another shape, or that says what else than arrays
-    a file holds, and OSError for a file that cannot be read; the model is then unchanged.
+    Args:
+        model: Network of the same variant.
+        params: Mapping of "<module path>//<parameter name>" (or nested, {module path: {parameter name: array}}) to
+            arrays in Haiku's layouts: convolutions (height, width, in, out), linear (in, out), normalizers
+            (1, 1, 1, C); or the path of a file of such a mapping, like the published F0_haiku.npz, which is read
+            without running what it may hold.
+        state: Moving averages of BatchNorm in the same form.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: Lists everything missing, unexpected or of another shape, or says what else than arrays a file
+            holds; the model is then unchanged.
+        OSError: For a file that cannot be read.
     """
     if isinstance(params, str | Path):
         params = read_arrays(params)
@@ -73,7 +82,7 @@ def _take_reference_gains(model: ResidualNetwork, config: NFConfig) -> None:
         twin = cast(Any, type(model))(config)
     for ours, theirs in zip(model.modules(), twin.modules(), strict=True):
         if isinstance(ours, Scales):
-            ours.take_scales(theirs)
+            ours.copy_scales(theirs)
     model.config = model._hub_mixin_config = config
 
 

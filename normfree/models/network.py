@@ -1,4 +1,4 @@
-"""What the paper's networks share: stem → stages → pooled head, and the interface that users of timm expect."""
+"""Base of the paper's networks: stem → stages → pooled head, with the interface that users of timm expect."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from normfree.images import IMAGENET_MEAN, IMAGENET_STD
 from normfree.models.block_plan import BlockPlan
 from normfree.models.config import NetworkConfig
 from normfree.nn.scales import Scales
@@ -42,7 +43,6 @@ class Head(Scales):
         self.drop = nn.Dropout(drop_rate)
         self.bias = bias
         self._register_scales(torch.empty(0), in_scale=in_scale)
-        self.reset_scales()
         self.fc: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, torch.empty(0))
 
@@ -55,6 +55,7 @@ class Head(Scales):
             nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Compute logits (N, num_classes), or with `pre_logits` the pooled features (N, C)."""
         x = (x.mean((2, 3)) if self.pool else x) * self.in_scale.to(x.dtype)
         if pre_logits:
             return x
@@ -127,6 +128,7 @@ class ResidualNetwork(
         return self.head(x, pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits, (N, in_channels, H, W) to (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -138,7 +140,7 @@ class ResidualNetwork(
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What `forward_features` returns and the features that are asked for, or these only.
+        """Return what `forward_features` does and the features that are asked for, or these only.
 
         `indices` are those of `feature_info`, negative ones from the end; an int asks for the last so many, None for
         all. `stop_early` leaves out what no feature needs. There is no normalizer for `norm` to apply.
@@ -194,7 +196,7 @@ class ResidualNetwork(
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps the input of each block only and runs the block again in the backward pass."""
+        """Choose whether training keeps the input of each block only, and runs the block again in the backward pass."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -217,7 +219,7 @@ class ResidualNetwork(
         self.config = self._hub_mixin_config = dataclasses.replace(self.config, num_classes=num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer-wise learning rates: the stem, each block (or stage if `coarse`), the head."""
+        """Group parameters for timm's layer-wise rates: the stem, each block (or stage if `coarse`), the head."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]}
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -227,7 +229,7 @@ class ResidualNetwork(
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """Into the dtype of the file, and nothing may be missing."""
+        """Load in the dtype of the file; nothing may be missing."""
         name = next(name for name, _ in model.named_parameters())
         with safe_open(model_file, "pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118, it is no mapping
@@ -236,7 +238,7 @@ class ResidualNetwork(
 
 
 def default_cfg(config: NetworkConfig) -> dict[str, Any]:
-    """How images are prepared, in timm's words: the authors resize to 32 pixels more than they crop, bicubically."""
+    """Describe, in timm's words, how images are prepared: resized bicubically to 32 pixels more than are cropped."""
 
     def crop(size: int) -> float:
         return size / (size + 32)
@@ -248,8 +250,8 @@ def default_cfg(config: NetworkConfig) -> dict[str, Any]:
         "crop_pct": crop(config.train_size),
         "test_crop_pct": crop(config.test_size),
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "first_conv": "stem.0",
         "classifier": "head.fc",
     }

@@ -21,7 +21,7 @@ from normfree.nn.gains import GainSource
 
 @dataclass(frozen=True, kw_only=True)
 class NFConfig(NetworkConfig):
-    """What can be chosen of any normalizer-free network; each family adds its own."""
+    """Configuration that all normalizer-free networks have; each family adds its own."""
 
     se_ratio: float = 0.0  # hidden width of squeeze-excite over its channels; 0: none
     alpha: float = 0.2  # what a branch of unit variance is multiplied by

@@ -12,15 +12,15 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from normfree.errors import suggest
-from normfree.models import fixup_resnet, nf_regnet, nf_resnet, nfnet, resnet
+from normfree.models import baseline_resnet, fixup_resnet, nf_resnet, nfnet, regnet
 from normfree.models.config import NetworkConfig
 from normfree.models.network import ResidualNetwork
 
 _FAMILIES: tuple[tuple[type[ResidualNetwork], Mapping[str, Any]], ...] = (
     (nf_resnet.NFResNet, nf_resnet.VARIANTS),
-    (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
+    (regnet.NFRegNet, regnet.VARIANTS),
     (nfnet.NFNet, nfnet.VARIANTS),
-    (resnet.ResNet, resnet.VARIANTS),
+    (baseline_resnet.ResNet, baseline_resnet.VARIANTS),
     (fixup_resnet.FixUpResNet, fixup_resnet.VARIANTS),
 )
 _BUILDERS: dict[str, tuple[Callable[[Any], ResidualNetwork], Any]] = {
@@ -29,19 +29,27 @@ _BUILDERS: dict[str, tuple[Callable[[Any], ResidualNetwork], Any]] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` knows, those that match a glob pattern such as "nf_*"."""
+    """List the names that `create_model` knows, those that match a glob pattern such as "nf_*"."""
     return [name for name in _BUILDERS if fnmatch.fnmatchcase(name, pattern)]
 
 
 def create_model(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
 ) -> ResidualNetwork:
-    """A network of the paper with new parameters, in training mode.
+    """Make a network of the paper with new parameters, in training mode.
 
-    `overrides` replace fields of the variant's configuration (`NFResNetConfig`, `ResNetConfig`), such as
-    `num_classes=10` or `width=1`.
+    Args:
+        name: Name of a variant, such as "nf_resnet50" (`list_models`).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        **overrides: Fields of the variant's configuration (`NFResNetConfig`, `ResNetConfig`, …) that replace its own,
+            such as `num_classes=10` or `width=1`.
 
-    Raises ValueError for a name, a field or a value that is not known, and says what would be.
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: For a name, a field or a value that is not known; says what would be.
     """
     network, config = _builder(name)
     fields = [field.name for field in dataclasses.fields(config)]
@@ -53,18 +61,24 @@ def create_model(
 
 
 def model_config(name: str) -> NetworkConfig:
-    """The configuration of a variant, without building it. Raises ValueError for a name that is not known."""
+    """Return the configuration of a variant, without building it. Raises ValueError for a name that is not known."""
     return _builder(name)[1]
 
 
 def from_pretrained(source: str | Path, **arguments: Any) -> ResidualNetwork:
-    """The network that `save_pretrained` wrote to a folder or `push_to_hub` to a repository, in eval mode.
+    """Load a network that `save_pretrained` wrote to a folder or `push_to_hub` to a repository, in eval mode.
 
-    `source` is a folder or a repository's "user/name"; `arguments` are those of huggingface_hub's `from_pretrained`,
-    such as `revision`, `token` and `local_files_only`.
+    Args:
+        source: A folder, or a repository's "user/name".
+        **arguments: Arguments of huggingface_hub's `from_pretrained`, such as `revision`, `token` and
+            `local_files_only`.
 
-    Raises FileNotFoundError for a folder without config.json, ValueError for a configuration that is not of a network
-    of this package, and what huggingface_hub raises where a repository cannot be read.
+    Returns:
+        The network with its parameters.
+
+    Raises:
+        FileNotFoundError: For a folder without config.json.
+        ValueError: For a configuration that is not of a network of this package.
     """
     if Path(source).exists() or not isinstance(source, str):
         path = Path(source) / "config.json"

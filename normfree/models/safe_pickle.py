@@ -75,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _empty_array(subtype: object, shape: Any, typecode: Any) -> np.ndarray:
-    """How numpy begins an array, whose state follows; never a subclass."""
+    """Make the empty array with which numpy begins, whose state follows; never a subclass."""
     return np.ndarray.__new__(np.ndarray, (0,), "b")
 
 
@@ -88,7 +88,7 @@ def _scalar(dtype: np.dtype, data: bytes) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How old protocols write bytes."""
+    """Read bytes as old protocols write them."""
     return text.encode("latin1")
 
 

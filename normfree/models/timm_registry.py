@@ -1,11 +1,6 @@
-"""This package's networks among timm's: `timm.create_model("normfree_nf_resnet50", features_only=True, …)`."""
+"""Networks of this package among timm's: `timm.create_model("normfree_nf_resnet50", features_only=True, …)`."""
 
-import importlib.abc
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -16,42 +11,15 @@ from normfree.models.registry import create_model, list_models, model_config
 PREFIX = "normfree_"
 _OUR_NAMES = {"in_chans": "in_channels", "drop_path_rate": "stochastic_depth_rate"}
 
-
-def register_with_timm() -> None:
-    """Add our networks to timm's registry, under `PREFIX`: now if timm is imported, else when it will be."""
-    if "timm" in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TimmFinder())
-
-
-class _TimmFinder(importlib.abc.MetaPathFinder):
-    """Waits for timm, so that importing this package does not import it."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "timm":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _then_register(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
-        return spec
-
-
-def _then_register(execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-    def exec_module(module: ModuleType) -> None:
-        execute(module)
-        _register()
-
-    return exec_module
-
-
 default_cfgs: dict[str, Any] = {}  # where timm's `register_model` looks for them
 
 
-def _register() -> None:
+def register_with_timm() -> None:
+    """Add every network to timm's registry, as `normfree_` and its name; none of timm's is replaced.
+
+    `import normfree` does this by itself where timm has been imported before; else call it. Raises ImportError without
+    timm.
+    """
     from timm.models import generate_default_cfgs, register_model
 
     default_cfgs.update(

@@ -1,18 +1,11 @@
-"""What a normalizer-free network is made of."""
+"""Layers of a normalizer-free network."""
 
-from normfree.nn.blocks import (
-    AveragePool2d,
-    Bias,
-    EfficientChannelAttention,
-    MaxPool2d,
-    PostActivationBlock,
-    PreActivationBlock,
-    SkipInit,
-    SqueezeExcite,
-)
+from normfree.nn.blocks import Bias, PostActivationBlock, PreActivationBlock, SkipInit
 from normfree.nn.conv import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
 from normfree.nn.gains import gain, make_activation
+from normfree.nn.gates import EfficientChannelAttention, SqueezeExcite
 from normfree.nn.linear import ScaledWSLinear
+from normfree.nn.pooling import AveragePool2d, MaxPool2d
 from normfree.nn.standardization import standardize
 from normfree.nn.transposed import ScaledWSConvTranspose1d, ScaledWSConvTranspose2d, ScaledWSConvTranspose3d
 from normfree.nn.variance import VarianceLedger

@@ -1,97 +1,92 @@
-"""Convolutions with scaled standardized weights, and padding as TensorFlow and JAX know it."""
-
-from typing import Any
+"""Convolutions with scaled standardized weights."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.recompute import recomputing
-from normfree.nn.scaled_layer import SCALES_DOC, ScaledWS
-
-
-def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
-    """Total padding along one axis that makes the output ⌈size / stride⌉ long; the odd one goes to the end (SAME)."""
-    extent = dilation * (kernel_size - 1) + 1
-    # Not -(-size // stride): integer division of ONNX truncates.
-    total = ((size + stride - 1) // stride - 1) * stride + extent - size
-    # A kernel smaller than its stride may leave input over. In an export, where the size may be a symbol, that is cut
-    # off: all convolutions of a stride then have the same formula for the size of their output.
-    return total if extent >= stride or torch.compiler.is_exporting() else max(total, 0)
-
-
-def both_sides(total: int) -> tuple[Any, Any]:
-    """How a total padding is shared; what is cut off rather than added is cut at the end."""
-    start = torch.sym_max(total, 0) // 2
-    return start, total - start
-
-
-class SamePadding(nn.modules.conv._ConvNd):
-    """Adds padding="same" with any stride to a convolution of torch, which knows it without strides only."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0,
-        *args: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        same = padding == "same"
-        plain_padding: Any = 0 if same else padding
-        super().__init__(in_channels, out_channels, kernel_size, stride, plain_padding, *args, **kwargs)
-        if same:
-            self.padding = "same"
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding != "same":
-            return super()._conv_forward(input, weight, bias)
-        spatial = len(self.kernel_size)
-        total = [
-            same_padding(*axis)
-            for axis in zip(input.shape[-spatial:], self.kernel_size, self.stride, self.dilation, strict=True)
-        ]
-        padding = [t // 2 for t in total]
-        # In an export the sizes may be symbols, whose parity nobody knows.
-        exporting = torch.compiler.is_exporting() and any(s > 1 for s in self.stride)
-        if self.padding_mode != "zeros" or exporting or any(t % 2 for t in total):
-            # torch.nn.functional.pad counts axes from the last
-            pads = [side for t in reversed(total) for side in both_sides(t)]
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            padded = F.pad(input, pads, mode)
-            with recomputing(padded, lambda unpadded: F.pad(unpadded, pads, mode), input):
-                return self._convolve(padded, weight, bias, [0] * spatial)
-        return self._convolve(input, weight, bias, padding)
-
-    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
-        return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-
-class SameConv2d(SamePadding, nn.Conv2d):
-    """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
+from normfree.nn.padding import SamePadding
+from normfree.nn.scaled_layer import ScaledWS
+from normfree.nn.standardization import EPS
 
 
 class _ScaledWSConv(ScaledWS, SamePadding):
-    """What `ScaledWSConv1d`, `2d` and `3d` share."""
+    """Base of `ScaledWSConv1d`, `2d` and `3d`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | str | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        in_scale: float = 1.0,
+        out_scale: float = 1.0,
+        skip_gain: float | None = None,
+        eps: float = EPS,
+        standardize: bool = True,
+    ) -> None:
+        """Make the layer; the arguments up to `dtype` are those of torch's convolution.
+
+        Args:
+            in_channels: Channels of the input.
+            out_channels: Channels of the output.
+            kernel_size: Positions that a filter covers, per axis.
+            stride: Step between positions of the output.
+            padding: Positions added on each side, or "valid", or "same", which may have a stride too, then as in
+                TensorFlow and JAX: the output is ⌈size / stride⌉ long, an odd padding element goes to the end.
+            dilation: Distance between a filter's positions.
+            groups: Blocks that channels are connected in.
+            bias: Whether the output has a learnable bias.
+            padding_mode: "zeros", "reflect", "replicate" or "circular".
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+            in_scale: Factor that the input needs: the activation's γ times the block's β.
+            out_scale: Factor that the output needs: the branch's α.
+            skip_gain: Initial value of a learnable factor of the output (SkipInit); None for none.
+            eps: Clamp on N · var(W).
+            standardize: False leaves the filters as they are: the ablation that shows the mean shift.
+
+        Raises:
+            ValueError: For what torch's class refuses, and for eps ≤ 0.
+        """
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype, in_scale=in_scale, out_scale=out_scale, skip_gain=skip_gain, eps=eps, standardize=standardize,
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
+        """Convolve with the effective weight and bias."""
         return self._with_effective_parameters(input, lambda weight, bias: self._conv_forward(input, weight, bias))
 
 
-_DOC = """{n}-D convolution with scaled weight standardization (Brock et al. 2021, section 4.1).
+class ScaledWSConv1d(_ScaledWSConv, nn.Conv1d):
+    """Convolution in one dimension with scaled weight standardization, (N, in_channels, L) to (N, out_channels, L').
 
-    Input (N, in_channels, {axes}), output (N, out_channels, {out}); all arguments of `torch.nn.Conv{n}d`, and
-
-    padding="same"   also with a stride, then as in TensorFlow and JAX: the output is ⌈size / stride⌉ long, an odd
-                     padding element goes to the end
-    {scales}
+    See `ScaledWSConv2d`.
     """
 
 
-class ScaledWSConv1d(_ScaledWSConv, nn.Conv1d):
-    __doc__ = _DOC.format(n=1, axes="L", out="L'", scales=SCALES_DOC)
-
-
 class ScaledWSConv2d(_ScaledWSConv, nn.Conv2d):
-    __doc__ = _DOC.format(n=2, axes="H, W", out="H', W'", scales=SCALES_DOC)
+    """Convolution in two dimensions with scaled weight standardization (Brock et al. 2021, section 4.1).
+
+    Input (N, in_channels, H, W), output (N, out_channels, H', W'). It is the plain convolution with
+
+        W_eff = in_scale · out_scale · skip_gain · gain ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps))
+        b_eff = out_scale · skip_gain · bias
+
+    per output channel, N = fan-in: every scalar of a normalizer-free network is carried by the weight, and no pass over
+    activations is left. `gain`, (out_channels,), and `skip_gain`, (1,), are learnable.
+    """
 
 
 class ScaledWSConv3d(_ScaledWSConv, nn.Conv3d):
-    __doc__ = _DOC.format(n=3, axes="D, H, W", out="D', H', W'", scales=SCALES_DOC)
+    """Convolution in three dimensions with scaled weight standardization.
+
+    Input (N, in_channels, D, H, W), output (N, out_channels, D', H', W'). See `ScaledWSConv2d`.
+    """

@@ -1,4 +1,4 @@
-"""W_eff and b_eff of a layer by one kernel, and their gradients by another, on GPUs.
+"""Fused kernels for GPUs: W_eff and b_eff of a layer by one, and their gradients by another.
 
 What is done to weights is many small operations: a GPU would wait for the processor that starts them one by one.
 """
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from normfree import _torch
 
 # A program's share of a filter at a time; of two sizes, since each is compiled on its own.
 _BLOCKS = (256, 1024)
@@ -24,7 +25,7 @@ def _forward(
     weight, gain, bias, in_scale, out_scale, skip_gain, w_eff, b_eff, mean, rstd,
     eps: tl.constexpr, fan_in, exact: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program for each filter: see `ScaledWS.effective_parameters`."""
+    """Program of one filter: see `ScaledWS.effective_parameters`."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * fan_in
     columns = tl.arange(0, block)
@@ -58,7 +59,7 @@ def _backward(
     grad_w_eff, grad_b_eff, weight, gain, bias, in_scale, out_scale, skip_gain, mean, rstd,
     grad_weight, grad_gain, grad_bias, shares, fan_in, exact: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program for each filter; `shares` in the gradient of the SkipInit gain are summed elsewhere."""
+    """Program of one filter; `shares` in the gradient of the SkipInit gain are summed elsewhere."""
     row = tl.program_id(0)
     start = row.to(tl.int64) * fan_in
     columns = tl.arange(0, block)
@@ -124,13 +125,13 @@ class _Effective(torch.autograd.Function):
 
 
 def _layouts(tensor: Tensor) -> set[torch.memory_format]:
-    """In which its filters lie one after the other, without gaps."""
+    """Return the memory formats in which its filters lie one after the other, without gaps."""
     formats = [torch.contiguous_format, *_CHANNELS_LAST.get(tensor.ndim, ())]
     return {layout for layout in formats if tensor.is_contiguous(memory_format=layout)}
 
 
 def _launch(kernel: Any, weight: Tensor, *arguments: Any) -> None:
-    """A program for each filter of the weight."""
+    """Start a program for each filter of the weight."""
     fan_in = weight.numel() // len(weight)
     exact = tl.float64 if weight.dtype == torch.float64 else tl.float32
     with torch.cuda.device_of(weight):
@@ -141,18 +142,18 @@ def effective_parameters(
     weight: Tensor, gain: Tensor, bias: Tensor | None, in_scale: Tensor, out_scale: Tensor, skip_gain: Tensor | None,
     *, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Those of `ScaledWS.effective_parameters`, computed in float32 at least and rounded to `dtype`.
+    """Compute those of `ScaledWS.effective_parameters`, in float32 at least, rounded to `dtype`.
 
     `weight` is (out_channels, …), its filters one after the other in memory; W_eff has its layout.
     """
     return _Effective.apply(weight, gain, bias, in_scale, out_scale, skip_gain, eps, dtype)
 
 
-def takes(weight: Tensor, gain: Tensor, bias: Tensor | None, *scales: Tensor | None) -> bool:
-    """Whether they, on a GPU, can be given to `effective_parameters`, and no operation is traced.
+def supports(weight: Tensor, gain: Tensor, bias: Tensor | None, *scales: Tensor | None) -> bool:
+    """Tell whether `effective_parameters` can be given these, on a GPU, and no operation is traced.
 
-    Whoever only looks at operations (counters, `characterize`) sees that of the layer and none on its weight: gradient
-    checkpointing runs a layer again without those that looked, and must find the same.
+    Dispatch modes that only look at operations, such as counters and `characterize`, do not change the answer: gradient
+    checkpointing runs a layer again outside of them, and must find the same operations.
     """
     sizes = [(t, n) for t, n in ((gain, len(weight)), (bias, len(weight)), *((s, 1) for s in scales)) if t is not None]
     return (
@@ -161,8 +162,8 @@ def takes(weight: Tensor, gain: Tensor, bias: Tensor | None, *scales: Tensor | N
         and bool(_layouts(weight))
         and all(t.numel() == n and t.is_contiguous() and t.device == weight.device for t, n in sizes)
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
-        and not torch._C._are_functorch_transforms_active()
-        and not any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+        and not _torch.functorch_is_active()
+        and _torch.only_observed()
         and _works(weight.device)
     )
 

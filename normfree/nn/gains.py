@@ -1,4 +1,4 @@
-"""γ of an activation: the factor that gives g(z), z ~ N(0, 1), unit variance."""
+"""Gains: γ of an activation, the factor that gives g(z), z ~ N(0, 1), unit variance."""
 
 import copy
 import functools
@@ -72,15 +72,19 @@ def make_activation(name: str) -> nn.Module:
 
 
 def gain(activation: Activation, *, source: GainSource = "exact") -> float:
-    """γ = 1/√Var[g(z)], z ~ N(0, 1), of an elementwise activation g (Brock et al. 2021, section 4.2).
+    """Compute γ = 1/√Var[g(z)], z ~ N(0, 1), of an elementwise activation g (Brock et al. 2021, section 4.2).
 
-    `activation` is a name (see `ACTIVATIONS`), a function of a tensor, or a module. With `source="exact"` the variance
-    comes from adaptive Gauss–Legendre quadrature in float64: relative error at most 1e-10 for smooth functions and
-    1e-8 for those with kinks or jumps. With `source="reference"` it is the constant of the authors' code, where there
-    is one.
+    Args:
+        activation: A name (see `ACTIVATIONS`), a function of a tensor, or a module.
+        source: "exact": adaptive Gauss–Legendre quadrature in float64, relative error at most 1e-10 for smooth
+            functions and 1e-8 for those with kinks or jumps; "reference": the constant of the authors' code.
 
-    Raises ValueError for a name that is not known, for a function that is not elementwise or is random, for one whose
-    variance is not finite or not positive, and where no reference constant exists.
+    Returns:
+        γ.
+
+    Raises:
+        ValueError: For a name that is not known, for a function that is not elementwise or is random, for one whose
+            variance is not finite or not positive, and where no reference constant exists.
     """
     if source not in ("exact", "reference"):
         raise ValueError(f"source is {source!r}; it must be 'exact' or 'reference'")
@@ -176,7 +180,7 @@ def _gauss_legendre(order: int) -> tuple[Tensor, Tensor]:
 
 
 def _integrate(function: Callable[[Tensor], Tensor], name: str) -> tuple[float, float]:
-    """∫ g(z) φ(z) dz over the line, and the part of it that comes from the outermost panels.
+    """Integrate g(z) φ(z) over the line; also return the part that comes from the outermost panels.
 
     Panels that disagree with their two halves are split until they agree, so kinks and jumps may lie anywhere.
     """

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree import _torch
+
 # Activations whose derivative needs their input, which is therefore kept anyway.
 _KEEP_INPUT = {"CELU", "ELU", "GELU", "Hardswish", "LeakyReLU", "Mish", "SELU", "SiLU", "Softplus", "Softsign", "Swish"}
 
 
 @contextlib.contextmanager
 def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tensor | None) -> Iterator[None]:
-    """Inside, an operation that saves `result` for its backward saves function(*sources) instead, which equals it.
+    """Save function(*sources), which equals `result`, where an operation inside would save `result` for its backward.
 
     For a cheap `function` of sources that are kept anyway. Sources may themselves be results of an enclosing
     `recomputing`. Where somebody else decides what is saved (activation checkpointing, hooks of the user, compilers,
@@ -25,16 +27,16 @@ def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tenso
         return
     entry = (result, _Recipe(function, [_recipes.of.get(id(s), (None, s))[1] for s in sources]))
     _recipes.of[id(result)] = entry
-    ours = _hooks() is not None
+    hooked = _torch.saved_tensors_hooks()[1] is not None  # by an enclosing `recomputing`
     try:
-        with contextlib.nullcontext() if ours else torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        with contextlib.nullcontext() if hooked else torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
         del _recipes.of[id(result)]
 
 
 def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor) -> Any:
-    """`recomputing` of activation(source), or nothing where that would keep more than it saves."""
+    """Apply `recomputing` to activation(source), or do nothing where that would keep more than it saves."""
     in_place = getattr(activation, "inplace", False)
     # Autocast, which is off in the backward pass, gives some another dtype.
     if type(activation).__name__ in _KEEP_INPUT and not in_place and result.dtype == source.dtype:
@@ -77,11 +79,7 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _possible(result: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not result.requires_grad or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or not result.requires_grad or _torch.functorch_is_active():
         return False
-    enabled: Any = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-    return enabled() and _hooks() in (None, (_pack, _unpack))
-
-
-def _hooks() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    allowed, hooks = _torch.saved_tensors_hooks()
+    return allowed and hooks in (None, (_pack, _unpack))

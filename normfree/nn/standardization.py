@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfree import _torch
+
 EPS = 1e-4
 """The clamp of the authors' code, on N · var(W)."""
 
@@ -16,12 +18,19 @@ _DELTA = 1e-12
 
 
 def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
-    """scale ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps)), per output channel (Brock et al. 2021, equation 3).
+    """Compute scale ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps)) per output channel (Brock et al. 2021, equation 3).
 
-    `weight` is (out_channels, in_channels / groups, *kernel_size), `scale` is (out_channels,); mean and (biased)
-    variance are over everything but the output channel, N = fan-in. The result has the weight's shape and dtype;
-    half-precision weights are standardized in float32. A second derivative in the weights exists in eager mode on CPUs
-    where no filter is clamped, and raises RuntimeError elsewhere.
+    Mean and (biased) variance are over everything but the output channel, N = fan-in. Half-precision weights are
+    standardized in float32. A second derivative in the weights exists in eager mode on CPUs where no filter is clamped,
+    and raises RuntimeError elsewhere.
+
+    Args:
+        weight: Filters, (out_channels, in_channels / groups, *kernel_size).
+        scale: Factor of each filter, (out_channels,).
+        eps: Clamp on N · var(W).
+
+    Returns:
+        A tensor of the weight's shape and dtype.
     """
     if not weight.is_contiguous():
         # In the order of the memory (channels_last): no copy, and the result has the weight's layout.
@@ -35,7 +44,7 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
 
 
 def _standardize(weight: Tensor, scale: Tensor, eps: float) -> Tensor:
-    if weight.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if weight.is_cpu and not torch.compiler.is_compiling() and not _torch.functorch_is_active():
         # Only here does it cost nothing to look whether a filter is clamped; if none is, torch's operation does it all.
         out, _, rstd = _group_norm(weight, scale)
         if type(rstd) is Tensor and rstd.max().item() <= (_fan_in(weight) / eps) ** 0.5:
@@ -48,7 +57,7 @@ def _fan_in(weight: Tensor) -> int:
 
 
 def _group_norm(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """scale ⊙ (W − mean(W)) · rsqrt(N · var(W)) as rows, mean(W) and 1/std(W), both (1, out_channels)."""
+    """Compute scale ⊙ (W − mean(W)) · rsqrt(N · var(W)) as rows, mean(W) and 1/std(W), both (1, out_channels)."""
     filters, fan_in = weight.shape[0], _fan_in(weight)
     rows = weight.reshape(1, filters, fan_in)
     out, mean, rstd = torch.native_group_norm(rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY)

@@ -1,10 +1,10 @@
-"""Torch's weight layers: of which class a module is, how another one like it is made, and how it takes its place."""
+"""Weight layers of torch, and how a module is replaced wherever it stands."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 KINDS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -14,17 +14,25 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
-# What says how a normalizer normalizes.
+# Attributes by which a normalizer normalizes.
 _NORM_ATTRIBUTES = {name for norm in (nn.BatchNorm1d(1), nn.GroupNorm(1, 1), nn.LayerNorm(1)) for name in vars(norm)}
 
 
+class Copy(nn.Module):
+    """Copy of the input: the stand-in for a normalizer whose output is written into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Copy x."""
+        return x.clone()
+
+
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The one of `KINDS` that it is an instance of."""
+    """Return the one of `KINDS` that a module is an instance of."""
     return next((kind for kind in KINDS if isinstance(module, kind)), None)
 
 
-def arguments_of(layer: Any) -> dict[str, Any]:
-    """What the class of a weight layer was called with, but for bias, device and dtype."""
+def constructor_arguments(layer: Any) -> dict[str, Any]:
+    """Return what the class of a weight layer was called with, but for bias, device and dtype."""
     if isinstance(layer, nn.Linear):
         return {"in_features": layer.in_features, "out_features": layer.out_features}
     names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
@@ -33,13 +41,26 @@ def arguments_of(layer: Any) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in names}
 
 
-def take_place(old: nn.Module, new: nn.Module, but_for: Collection[str] = ()) -> None:
-    """Give `new`, which replaces `old`, the hooks of its calls and the attributes that its user gave it.
+def replace_modules(
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module], *, dropped: Collection[str] = ()
+) -> nn.Module:
+    """Replace modules wherever they stand in the tree of `model`, and return the model, or its own replacement.
 
-    `but_for` are attributes of the class of `old`.
+    A replacement gets the hooks of the module's calls and the attributes that its user gave it; `dropped` names
+    attributes of the replaced class, which nobody gave.
     """
+    for old, new in replacements.items():
+        _transfer_attributes(old, new, dropped)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and child in replacements:
+                module._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+def _transfer_attributes(old: nn.Module, new: nn.Module, dropped: Collection[str]) -> None:
     for name, value in vars(old).items():
-        if name in _HOOKS or not (name in vars(new) or name in _NORM_ATTRIBUTES or name in but_for):
+        if name in _HOOKS or not (name in vars(new) or name in _NORM_ATTRIBUTES or name in dropped):
             vars(new)[name] = value  # itself: handles that remove a hook refer to it
             if name in _HOOKS:
                 vars(old)[name] = copy.copy(value)

@@ -3,26 +3,80 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.scaled_layer import SCALES_DOC, ScaledWS
+from normfree.nn.scaled_layer import ScaledWS
+from normfree.nn.standardization import EPS
 
 _Transpose = nn.modules.conv._ConvTransposeNd
 
 
 class _ScaledWSConvTranspose(ScaledWS, _Transpose):
-    """What `ScaledWSConvTranspose1d`, `2d` and `3d` share."""
+    """Base of `ScaledWSConvTranspose1d`, `2d` and `3d`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        output_padding: int | tuple[int, ...] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, ...] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        in_scale: float = 1.0,
+        out_scale: float = 1.0,
+        skip_gain: float | None = None,
+        eps: float = EPS,
+        standardize: bool = True,
+    ) -> None:
+        """Make the layer; the arguments up to `dtype` are those of torch's transposed convolution.
+
+        Args:
+            in_channels: Channels of the input.
+            out_channels: Channels of the output.
+            kernel_size: Positions that a filter covers, per axis.
+            stride: Step between the output's positions of neighbouring inputs.
+            padding: Positions cut off on each side, less those of the kernel.
+            output_padding: Positions added at the end.
+            groups: Blocks that channels are connected in.
+            bias: Whether the output has a learnable bias.
+            dilation: Distance between a filter's positions.
+            padding_mode: "zeros", the only one that torch has.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+            in_scale: Factor that the input needs: the activation's γ times the block's β.
+            out_scale: Factor that the output needs: the branch's α.
+            skip_gain: Initial value of a learnable factor of the output (SkipInit); None for none.
+            eps: Clamp on N · var(W).
+            standardize: False leaves the filters as they are.
+
+        Raises:
+            ValueError: For what torch's class refuses, and for eps ≤ 0.
+        """
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype,
+            in_scale=in_scale, out_scale=out_scale, skip_gain=skip_gain, eps=eps, standardize=standardize,
+        )  # fmt: skip
 
     def filters(self, weight: Tensor) -> Tensor:
-        """(in_channels, out_channels / groups, …) as (out_channels, in_channels / groups, …), and back."""
+        """Return (in_channels, out_channels / groups, …) as (out_channels, in_channels / groups, …), and back."""
         return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
     def unfilters(self, filters: Tensor) -> Tensor:
-        """`filters` is its own inverse."""
+        """Undo `filters`, which is its own inverse."""
         return self.filters(filters)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Convolve, transposed, with the effective weight and bias."""
         spatial = len(self.kernel_size)
         call: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         sizes: Any = (self.stride, self.padding, self.kernel_size, spatial, self.dilation)
@@ -35,25 +89,25 @@ class _ScaledWSConvTranspose(ScaledWS, _Transpose):
         )  # fmt: skip
 
 
-_DOC = """{n}-D transposed convolution with scaled weight standardization.
+class ScaledWSConvTranspose1d(_ScaledWSConvTranspose, nn.ConvTranspose1d):
+    """Transposed convolution in one dimension with scaled weight standardization.
 
-    Input (N, in_channels, {axes}), output (N, out_channels, {out}); all arguments of `torch.nn.ConvTranspose{n}d`, and
-
-    {scales}
-
-    A filter is all that is multiplied for one channel of the output, N = in_channels / groups · the kernel's size. With
-    a stride s a position of the output sees one part in s{power} of it, so that the variance is smaller by that: the
-    in_scale that makes up for it is √s{power}.
+    Input (N, in_channels, L), output (N, out_channels, L'). See `ScaledWSConvTranspose2d`.
     """
 
 
-class ScaledWSConvTranspose1d(_ScaledWSConvTranspose, nn.ConvTranspose1d):
-    __doc__ = _DOC.format(n=1, axes="L", out="L'", power="", scales=SCALES_DOC)
-
-
 class ScaledWSConvTranspose2d(_ScaledWSConvTranspose, nn.ConvTranspose2d):
-    __doc__ = _DOC.format(n=2, axes="H, W", out="H', W'", power="²", scales=SCALES_DOC)
+    """Transposed convolution in two dimensions with scaled weight standardization; see `ScaledWSConv2d`.
+
+    Input (N, in_channels, H, W), output (N, out_channels, H', W'). A filter is all that is multiplied for one channel
+    of the output, N = in_channels / groups · the kernel's size. With a stride s a position of the output sees one part
+    in s² of it, so that the variance is smaller by that: the in_scale that makes up for it is √s² (√s and √s³ in one
+    and three dimensions).
+    """
 
 
 class ScaledWSConvTranspose3d(_ScaledWSConvTranspose, nn.ConvTranspose3d):
-    __doc__ = _DOC.format(n=3, axes="D, H, W", out="D', H', W'", power="³", scales=SCALES_DOC)
+    """Transposed convolution in three dimensions with scaled weight standardization.
+
+    Input (N, in_channels, D, H, W), output (N, out_channels, D', H', W'). See `ScaledWSConvTranspose2d`.
+    """

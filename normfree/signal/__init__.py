@@ -1,8 +1,10 @@
-"""How a signal flows through any network."""
+"""Signal of any network: what its numbers are, what they say, at rest and while it trains."""
 
 from normfree.errors import SignalError
 from normfree.signal.figure import compare
 from normfree.signal.measurement import characterize
-from normfree.signal.report import SignalRecord, SignalReport
+from normfree.signal.monitor import SignalMonitor
+from normfree.signal.record import SignalRecord
+from normfree.signal.report import SignalReport
 
-__all__ = ["SignalError", "SignalRecord", "SignalReport", "characterize", "compare"]
+__all__ = ["SignalError", "SignalMonitor", "SignalRecord", "SignalReport", "characterize", "compare"]

@@ -10,38 +10,40 @@ from typing import Any
 from normfree.plotting import COLORS, altair, vl_convert, write
 from normfree.signal import table
 from normfree.signal.formats import to_csv, to_json
-from normfree.signal.report import SignalReport
+from normfree.signal.record import STATISTICS, SignalRecords
 
-_PANELS = {
-    "squared_mean": "Average channel squared mean",
-    "variance": "Average channel variance",
-    "residual_variance": "Residual average channel variance",
-}
-_GRADIENT_PANELS = {
-    "gradient_squared_mean": "Gradient: squared mean",
-    "gradient_variance": "Gradient: variance",
-    "gradient_residual_variance": "Gradient: residual variance",
-}
+# A row of panels each: of the signal, of its gradient.
+_ROWS = tuple(
+    {name: title for name, title in STATISTICS.items() if name.startswith("gradient") == of_gradient}
+    for of_gradient in (False, True)
+)
 _ROUNDING = 1e-12
 SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
 
 
 def compare(
-    reports: SignalReport | Sequence[SignalReport] | Mapping[str, SignalReport | Sequence[SignalReport]],
+    reports: SignalRecords | Sequence[SignalRecords] | Mapping[str, SignalRecords | Sequence[SignalRecords]],
     title: str = "",
     *,
     below: Sequence[Any] = (),
 ) -> "SignalFigure":
-    """Several models in one figure: the paper's three panels on logarithmic axes (Brock et al. 2021, figure 1).
+    """Draw several models in one figure: the paper's three panels, logarithmic (Brock et al. 2021, figure 1).
 
-    `reports` is a sequence, or a mapping from the label of a row of panels to its reports. Models of the same name in
-    several rows share a colour; within a row, later ones of the same name are numbered. Altair charts in `below` stand
-    under the panels.
+    Models of the same name in several rows share a colour; within a row, later ones of the same name are numbered.
 
-    Raises ValueError where there is no report, and, at saving, ImportError without the extra "charts".
+    Args:
+        reports: A report, a sequence of them, or a mapping from the label of a row of panels to its reports.
+        title: Title of the figure.
+        below: Altair charts that stand under the panels.
+
+    Returns:
+        A figure to be saved, or looked at in a notebook. Saving raises ImportError without the extra "charts".
+
+    Raises:
+        ValueError: Where there is no report.
     """
     by_label = reports if isinstance(reports, Mapping) else {"": reports}
-    rows = {label: [row] if isinstance(row, SignalReport) else list(row) for label, row in by_label.items()}
+    rows = {label: [row] if isinstance(row, SignalRecords) else list(row) for label, row in by_label.items()}
     if not any(rows.values()):
         raise ValueError("there is no report to draw")
     return SignalFigure({label: row for label, row in rows.items() if row}, title, below)
@@ -50,7 +52,7 @@ def compare(
 class SignalFigure:
     """Signal propagation plots of some reports: `save` it, or look at it in a notebook."""
 
-    def __init__(self, rows: dict[str, list[SignalReport]], title: str, below: Sequence[Any] = ()) -> None:
+    def __init__(self, rows: dict[str, list[SignalRecords]], title: str, below: Sequence[Any] = ()) -> None:
         self.rows = rows
         self.title = title
         self.below = below
@@ -70,7 +72,7 @@ class SignalFigure:
         lines: list[Any] = []
         for label, row in rows.items():
             data = [point for name, report in row for point in _points(name, report)]
-            for panels in (_PANELS, _GRADIENT_PANELS):
+            for panels in _ROWS:
                 charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
                 charts = [chart for chart in charts if chart is not None]
                 if not charts:
@@ -104,7 +106,7 @@ class SignalFigure:
         return dict(chart.to_dict())
 
     def _caption(self) -> str:
-        """What the marks mean, those that are there."""
+        """Explain the marks that are there."""
         reports = [report for row in self.rows.values() for report in row]
         words = []
         if any(report.seeds > 1 for report in reports):
@@ -156,8 +158,8 @@ class SignalFigure:
         )
 
 
-def _named(reports: Sequence[SignalReport]) -> list[tuple[str, SignalReport]]:
-    named: dict[str, SignalReport] = {}
+def _named(reports: Sequence[SignalRecords]) -> list[tuple[str, SignalRecords]]:
+    named: dict[str, SignalRecords] = {}
     for report in reports:
         name, number = report.model, 1
         while name in named:
@@ -167,12 +169,15 @@ def _named(reports: Sequence[SignalReport]) -> list[tuple[str, SignalReport]]:
     return list(named.items())
 
 
-def _points(name: str, report: SignalReport) -> list[dict[str, Any]]:
-    """One row of data per record and statistic; what a logarithmic axis cannot show is left out: not finite, zero, and
-    the rounding that stands for zero where a normalizer has just centered the channels."""
+def _points(name: str, report: SignalRecords) -> list[dict[str, Any]]:
+    """Make one row of data per record and statistic.
+
+    Values that a logarithmic axis cannot show are left out: not finite, zero, and the rounding that stands for zero
+    where a normalizer has just centered the channels.
+    """
     points = []
     for position, record in enumerate(report, 1):
-        for statistic in (*_PANELS, *_GRADIENT_PANELS):
+        for statistic in STATISTICS:
             value = getattr(record, statistic)
             if value is None or not math.isfinite(value) or value <= _ROUNDING * record.variance:
                 continue
@@ -234,7 +239,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return [factor * 10.0**exponent for exponent in range(low - 1, high + 2, step) for factor in factors]
 
 
-def _section(name: str, label: str, report: SignalReport) -> str:
+def _section(name: str, label: str, report: SignalRecords) -> str:
     heading = html.escape(f"{name}, {label}" if label else name)
     verdicts = "".join(f"<li>{html.escape(line)}</li>" for line in table.footer(report))
     columns, rows = table.cells(report)

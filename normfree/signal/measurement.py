@@ -1,4 +1,4 @@
-"""What happens to the signal, block by block, in any model."""
+"""The measurement: one watched run of any model, made into a report."""
 
 import contextlib
 import dataclasses
@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from normfree.errors import SignalError
 from normfree.signal.reader import Reader
-from normfree.signal.report import SignalRecord, SignalReport
-from normfree.trace.inputs import as_call, describe, map_tensors, noise, tensors
+from normfree.signal.record import SignalRecord
+from normfree.signal.report import SignalReport
+from normfree.trace.inputs import as_call, describe, noise
 from normfree.trace.joins import Join
 from normfree.trace.preparation import (
     closed_multipliers,
     closed_parameters,
     is_normalizer,
-    measuring,
     opened,
     standardizes,
 )
 from normfree.trace.tape import Tape
+from normfree.trace.watched import refuse_unrunnable, run_watched
 
 
 def characterize(
@@ -34,27 +35,32 @@ def characterize(
     backward: bool = False,
     name: str | None = None,
 ) -> SignalReport:
-    """Signal propagation of a model: channel statistics at every residual join (Brock et al. 2021, section 3).
-
-    model          a module, or a factory of one
-    inputs         a tensor, a tuple (positional arguments), a dict (keyword arguments), a list (one argument, as
-                   torchvision's detectors take), a DataLoader (its first batch), or a function of the model that
-                   returns one of these, called once a seed; None: white noise of the model's declared input size, or
-                   4×3×224×224
-    seeds          how many times to repeat: the noise (or what the function returns) is drawn anew, and with a
-                   factory the parameters too
-    open_branches  set to one, for the measurement, what closes branches at initialisation: zero SkipInit gains, zero
-                   weights of normalizers, LayerScale
-    batch_stats    BatchNorm normalizes with the statistics of the batch, as in training, unless it is frozen; its
-                   buffers are not touched. False: with its running statistics
-    backward       also the gradients' statistics, for a random cotangent: each output times v ~ N(0, 1), summed
-    name           what the report calls the model
+    """Measure the signal propagation of a model: channel statistics at every residual join (Brock et al. 2021, section 3).
 
     Every module is in eval mode for the run, so dropout is off and detectors ask for no targets. The model comes back
-    as it was, also when its forward raises.
+    as it was, also when its forward raises, and so does torch's random state.
 
-    Raises SignalError, which names the module last reached, when the forward fails or reaches no weight layer;
-    ValueError and TypeError for arguments that cannot be used.
+    Args:
+        model: A module, or a factory of one.
+        inputs: A tensor, a tuple (positional arguments), a dict (keyword arguments), a list (one argument, as
+            torchvision's detectors take), a DataLoader (its first batch), or a function of the model that returns one
+            of these, called once a seed; None: white noise of the model's declared input size, or 4×3×224×224.
+        seeds: Number of repetitions. In each, torch is seeded with 0, 1, 2, …, whatever the user has seeded, then the
+            noise (or what the function returns) is drawn, and with a factory the parameters before it.
+        open_branches: Set to one, for the measurement, what closes branches at initialisation: zero SkipInit gains,
+            zero weights of normalizers, LayerScale.
+        batch_stats: BatchNorm normalizes with the statistics of the batch, as in training, unless it is frozen; its
+            buffers are not touched. False: with its running statistics.
+        backward: Also measure the gradients, for a random cotangent: each output times v ~ N(0, 1), summed.
+        name: Name of the model in the report.
+
+    Returns:
+        One record per join (or per weight layer where there is no join), with verdicts.
+
+    Raises:
+        SignalError: When the forward fails or reaches no weight layer; names the module last reached.
+        ValueError: For arguments that cannot be used.
+        TypeError: For a model or inputs of another type.
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
@@ -74,7 +80,7 @@ def characterize(
             if not isinstance(net, nn.Module):
                 raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
             net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
-            refuse_what_cannot_run(net)
+            refuse_unrunnable(net)
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
             report = measurement.report(open_branches)
@@ -132,38 +138,18 @@ class _Measurement:
     def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":
         tape = Tape()
         reader = Reader(self.model, tape)
-        with measuring(self.model, batch_stats=self.batch_stats), opened(self.model, names):
-            try:
-                self._run(tape, reader, weight_layers)
-            except SignalError:
-                raise
-            except Exception as error:
-                raise SignalError(_explain(self.model, tape, error)) from error
+        with opened(self.model, names):
+            run_watched(
+                self.model,
+                tape,
+                self.args,
+                self.kwargs,
+                batch_stats=self.batch_stats,
+                reduce_weight_layers=weight_layers,
+                on_gradient=reader.keep_gradient if self.backward else None,
+            )
             reader.read()
             return _Records(reader.records(), reader.joins, names)
-
-    def _run(self, tape: Tape, reader: Reader, weight_layers: bool) -> None:
-        # Copies: a forward may write into its inputs.
-        copies: dict[int, Tensor] = {}
-        args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), t.clone()), (self.args, self.kwargs))
-        if not self.backward:
-            recording = tape.record(self.model, tensors((args, kwargs)), reduce_weight_layers=weight_layers)
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), recording:
-                self.model(*args, **kwargs)
-            return
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            leaves = [t.detach_().requires_grad_() for t in copies.values() if t.is_floating_point()]
-            targets = leaves or [p for p in self.model.parameters() if p.requires_grad]
-            # Copies again: a leaf that needs a gradient cannot be written into.
-            again = {id(t): t.clone() for t in copies.values()}
-            args, kwargs = map_tensors(lambda t: again[id(t)], (args, kwargs))
-            starts = tensors((args, kwargs))
-            with tape.record(self.model, starts, reduce_weight_layers=weight_layers, on_gradient=reader.keep_gradient):
-                out = self.model(*args, **kwargs)
-            ends = [t for t in tensors(out) if t.is_floating_point() and t.requires_grad]
-            if not ends:
-                raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
-            torch.autograd.grad(ends, targets, [torch.randn_like(t) for t in ends], allow_unused=True)
 
 
 @dataclasses.dataclass
@@ -171,26 +157,6 @@ class _Records:
     rows: list[SignalRecord]
     joins: list[Join]
     opened: list[str]
-
-
-def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:
-    path = tape.last_module
-    place = f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
-    hint = ""
-    if "Expected more than 1 value per channel" in str(error):
-        hint = " Give a larger batch or larger images, or `characterize` with batch_stats=False."
-    return f"the forward of {type(model).__name__} failed; the last module reached was {place}: {error}{hint}"
-
-
-def refuse_what_cannot_run(model: nn.Module) -> None:
-    """Raises ValueError for a scripted model, and for parameters that have no values yet."""
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is scripted or traced: give the eager model that it was made from")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device: give the model real parameters first")
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name} is not initialized yet: run the model once before it is characterized")
 
 
 def _name_of(model: Any) -> str:

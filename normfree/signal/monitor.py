@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.files import Table
+from normfree.signal.monitor_figure import draw_signal
 from normfree.signal.reader import Reader
-from normfree.signal.report import STATISTICS, SignalRecord
+from normfree.signal.record import STATISTICS, SignalRecord
 from normfree.trace.inputs import tensors
+from normfree.trace.recorder import recording
 from normfree.trace.tape import Tape
-from normfree.training.run.screen import Table
 
 COLUMNS = ("step", "depth", "name", "stage", *STATISTICS)
-"""Of signal.csv: a row per measured step and residual join (or weight layer), depth from 0."""
+"""Columns of signal.csv, a row per measured step and residual join (or weight layer), depth from 0."""
 
 
 class SignalMonitor:
-    """What `characterize` tells of a network at rest, told of live training batches, forward and backward.
+    """Statistics of `characterize`, on live training batches, forward and backward.
 
         with SignalMonitor(model, every=100, path="signal.csv") as monitor:
             ...  # the training loop, as it is
@@ -31,12 +33,17 @@ class SignalMonitor:
     measured at their weight layers. Where several forward passes make a step, the loop says so by setting `step` before
     each; of those of a step the first is watched. What is copied or saved of the model meanwhile is not watched.
 
-    path   a .csv file that grows by a row for each measured step and join; rows of `step` and later are written anew
-    log    a function of a mapping of names to numbers and of the step, such as a tracker's
-    step   how many steps were taken before, by a training that goes on
+    Args:
+        model: Network that is trained; the eager one, where it is compiled.
+        every: Forward passes in training mode from one measurement to the next.
+        path: A .csv file that grows by a row for each measured step and join; rows of `step` and later are written
+            anew.
+        log: Function of a mapping of names to numbers and of the step, such as a tracker's.
+        step: Steps that were taken before, by a training that goes on.
 
-    Raises ValueError for `every` below 1, and for a compiled model (give the eager one that it was made from), and
-    TrainingError where it is entered and `path` is another file or cannot be written.
+    Raises:
+        ValueError: For `every` below 1, and for a compiled model.
+        TrainingError: Where it is entered and `path` is another file or cannot be written.
     """
 
     def __init__(
@@ -83,10 +90,8 @@ class SignalMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hooks.close()
-        self._stop(whole=False)  # of a forward pass that was interrupted
+        self._stop(complete=False)  # of a forward pass that was interrupted
         self.collect()
-        if self.table is not None:
-            self.table.close()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -100,7 +105,8 @@ class SignalMonitor:
             self._measured, self._scale = step, self.loss_scale
             tape = Tape()
             self._reader = reader = Reader(module, tape)
-            self._recording = tape.record(
+            self._recording = recording(
+                tape,
                 module,
                 tensors((args, kwargs)),
                 reduce_weight_layers=self._weight_layers,
@@ -111,15 +117,15 @@ class SignalMonitor:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if module is self.model:
-            self._stop(whole=out is not None)  # None: the forward raised
+            self._stop(complete=out is not None)  # None: the forward raised
 
-    def _stop(self, *, whole: bool) -> None:
+    def _stop(self, *, complete: bool) -> None:
         if self._recording is None:
             return
         self._recording.__exit__(None, None, None)
         self._recording = None
         assert self._reader is not None
-        if whole:
+        if complete:
             self._reader.read()
             self._weight_layers = not self._reader.joins
         else:
@@ -149,8 +155,6 @@ class SignalMonitor:
 
     def draw(self, path: str | Path) -> Path:
         """Variance and squared mean, of signal and gradient, over depth and step, as .png, .svg or .html."""
-        from normfree.training.run.curves import draw_signal
-
         self.collect()
         return draw_signal(self.rows, Path(path))
 

@@ -1,17 +1,17 @@
-"""From a tape to the records of a report."""
+"""The reader: from a tape to the records of a report."""
 
 import dataclasses
 
 from torch import Tensor, nn
 
-from normfree.signal.report import SignalRecord
+from normfree.signal.record import SignalRecord
 from normfree.trace.channels import channel_statistics
 from normfree.trace.joins import Join, find_joins
 from normfree.trace.tape import Node, Tape
 
 
 class Reader:
-    """Reads the statistics of a run, and of the gradients that are kept in its backward pass."""
+    """Reader of a run's statistics, and of the gradients that are kept in its backward pass."""
 
     def __init__(self, model: nn.Module, tape: Tape) -> None:
         self.model = model
@@ -74,7 +74,7 @@ class Reader:
 
 
 def _numbered(records: list[SignalRecord]) -> list[SignalRecord]:
-    """With stages (a new one where the shape changes), and "#2" after the name of a module's second record."""
+    """Number the stages (a new one where the shape changes), and add "#2" to the name of a module's second record."""
     numbered, stage, seen = [], 0, dict[str, int]()
     for previous, record in zip([None, *records], records, strict=False):
         stage += previous is None or previous.shape[1:] != record.shape[1:]
@@ -85,7 +85,7 @@ def _numbered(records: list[SignalRecord]) -> list[SignalRecord]:
 
 
 def _declared_scale(module: nn.Module) -> float:
-    """What a module says that it multiplies its output by."""
+    """Return the factor that a module says it multiplies its output by."""
     scale = 1.0
     for attribute in ("out_scale", "skip_gain"):
         value = getattr(module, attribute, None)

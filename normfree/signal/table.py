@@ -1,15 +1,16 @@
 """A report as a table of text."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from normfree.signal.report import SignalReport
+from normfree.signal.record import STATISTICS, SignalRecord, SignalRecords
+from normfree.signal.verdicts import find_verdicts
 
 _NONE = "–"
 
 
-def rich_table(report: "SignalReport") -> Any:
-    """For `rich.print`; needs rich."""
+def rich_table(report: SignalRecords) -> Any:
+    """Make a table for `rich.print`; needs rich."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
@@ -28,7 +29,7 @@ def rich_table(report: "SignalReport") -> Any:
     return Group(table, *(Text(f"· {line}") for line in footer(report)))
 
 
-def rich_text(report: "SignalReport") -> str:
+def rich_text(report: SignalRecords) -> str:
     """The rich table as text, as wide as the terminal; needs rich."""
     from rich.console import Console
 
@@ -38,8 +39,8 @@ def rich_text(report: "SignalReport") -> str:
     return capture.get().rstrip("\n")
 
 
-def plain_text(report: "SignalReport") -> str:
-    """For pipes, files and `print`."""
+def plain_text(report: SignalRecords) -> str:
+    """Write the table for pipes, files and `print`."""
     columns, rows = cells(report)
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     lines = [title(report)]
@@ -49,36 +50,33 @@ def plain_text(report: "SignalReport") -> str:
     return "\n".join([*lines, *(f"· {line}" for line in footer(report))])
 
 
-def title(report: "SignalReport") -> str:
-    """What was measured, in a line."""
+def title(report: SignalRecords) -> str:
+    """Say in a line what was measured."""
     seeds = f", {report.seeds} seeds" if report.seeds > 1 else ""
     return f"{report.model}: signal at {len(report)} {report.kind}s, inputs {report.inputs}{seeds}"
 
 
-def footer(report: "SignalReport") -> list[str]:
-    """The verdicts, and what was done to the model to measure it."""
-    lines = report.verdicts
+def footer(report: SignalRecords) -> list[str]:
+    """List the verdicts, and what was done to the model to measure it."""
+    lines = find_verdicts(report)
     if report.opened:
         shown = ", ".join(report.opened[:3]) + (", …" if len(report.opened) > 3 else "")
         lines.append(f"opened for the measurement (set to one): {len(report.opened)} parameters, {shown}")
     return lines
 
 
-def cells(report: "SignalReport") -> tuple[list[str], list[list[str]]]:
+def cells(report: SignalRecords) -> tuple[list[str], list[list[str]]]:
     """Column names, and a row of text per record; columns without a value are left out."""
-    columns = {
+    columns: dict[str, Callable[[SignalRecord], str]] = {
         "module": lambda r: r.name,
         "stage": lambda r: str(r.stage),
         "shortcut": lambda r: r.shortcut,
         "shape": lambda r: "×".join(map(str, r.shape)),
-        "squared mean": lambda r: _number(r.squared_mean),
-        "variance": lambda r: _number(r.variance),
-        "expected": lambda r: _number(r.expected_variance),
-        "residual variance": lambda r: _number(r.residual_variance),
-        "gradient squared mean": lambda r: _number(r.gradient_squared_mean),
-        "gradient variance": lambda r: _number(r.gradient_variance),
-        "residual gradient variance": lambda r: _number(r.gradient_residual_variance),
     }
+    for statistic in STATISTICS:
+        columns[statistic.replace("_", " ")] = lambda r, name=statistic: _number(getattr(r, name))  # type: ignore[misc]
+        if statistic == "variance":
+            columns["expected"] = lambda r: _number(r.expected_variance)
     shown = {name: cell for name, cell in columns.items() if any(cell(record) != _NONE for record in report)}
     return list(shown), [[cell(record) for cell in shown.values()] for record in report]
 

@@ -1,13 +1,11 @@
-"""What a report's numbers say, in words: the first place where something goes wrong, and the cause."""
+"""Verdicts on a signal, in words: the first place where something goes wrong, and the cause."""
 
 import math
 import statistics
 from collections.abc import Callable, Iterable
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from normfree.signal.report import SignalRecord, SignalReport
+from normfree.signal.record import SignalRecord, SignalRecords
 
 # Where the words begin: beyond these a network does not train, or only with care.
 EXPLODED = 100.0
@@ -15,8 +13,8 @@ VANISHED = 0.01
 DRIFTED = 1.0
 
 
-def verdicts(report: "SignalReport") -> list[str]:
-    """Sentences on the report; see `SignalReport.verdicts`."""
+def find_verdicts(report: SignalRecords) -> list[str]:
+    """Return sentences on the records; see `SignalReport.verdicts`."""
     words = []
     if report.kind != "join":
         words.append(f"{report.model} has no residual joins: there is one record per weight layer")
@@ -29,7 +27,7 @@ def verdicts(report: "SignalReport") -> list[str]:
     if not any(problems):
         words.append(
             f"the signal neither explodes, vanishes nor drifts: variance {_range(r.variance for r in report)}, squared "
-            f"mean at most {_number(max(map(mean_to_variance, report)))} of the variance"
+            f"mean at most {_number(max(record.mean_to_variance for record in report))} of the variance"
         )
     if report.closed:
         words.append(
@@ -40,13 +38,13 @@ def verdicts(report: "SignalReport") -> list[str]:
 
 
 def first_problem(
-    report: "SignalReport",
+    report: SignalRecords,
     *,
     max_variance: float | None,
     max_mean_to_std: float | None,
     min_residual: float | None,
 ) -> str | None:
-    """The first violated limit in words, or None; see `SignalReport.check`."""
+    """Say which limit is violated first, or None; see `SignalReport.check`."""
     problem = _not_finite(report)
     if problem is None and max_variance is not None:
         problem = _too_large(report, max_variance)
@@ -61,19 +59,12 @@ def first_problem(
     return problem
 
 
-def mean_to_variance(record: "SignalRecord") -> float:
-    """Channel squared mean over channel variance; 0 where the signal is 0, infinite where it is constant."""
-    if record.variance == 0:
-        return math.inf if record.squared_mean else 0.0
-    return record.squared_mean / record.variance
-
-
-def _not_finite(report: "SignalReport") -> str | None:
+def _not_finite(report: SignalRecords) -> str | None:
     record = _first(report, lambda r: not math.isfinite(r.squared_mean + r.variance))
     return None if record is None else f"the signal is not finite from {record.name} on"
 
 
-def _too_large(report: "SignalReport", limit: float) -> str | None:
+def _too_large(report: SignalRecords, limit: float) -> str | None:
     record = _first(report, lambda r: r.variance > limit)
     if record is None:
         return None
@@ -92,7 +83,7 @@ def _too_large(report: "SignalReport", limit: float) -> str | None:
     return f"{words}: nothing normalizes the branches or scales them down"
 
 
-def _too_small(report: "SignalReport", limit: float) -> str | None:
+def _too_small(report: SignalRecords, limit: float) -> str | None:
     # The last layer's outputs are logits, which may well start small.
     records = [record for record in report if report.kind == "join" or len(record.shape) > 2]
     record = next((record for record in records if record.variance < limit), None)
@@ -101,15 +92,15 @@ def _too_small(report: "SignalReport", limit: float) -> str | None:
     return f"variance falls below {_number(limit)} at {record.name} ({_number(record.variance)}): the signal vanishes"
 
 
-def _drift(report: "SignalReport", ratio: float) -> str | None:
-    """Where √(squared mean / variance) passes `ratio`."""
+def _drift(report: SignalRecords, ratio: float) -> str | None:
+    """Say where √(squared mean / variance) passes `ratio`, and why."""
     record = _first(report, lambda r: r.squared_mean > ratio**2 * r.variance)
     if record is None:
         return None
     if ratio == 1:
         words = f"channel squared mean passes the variance at {record.name}"
     else:
-        value = math.sqrt(mean_to_variance(record))
+        value = math.sqrt(record.mean_to_variance)
         words = f"√(squared mean / variance) is {_number(value)} at {record.name}, above {_number(ratio)}"
     if record.squared_mean <= DRIFTED * record.variance or report.standardized:
         return words
@@ -120,7 +111,7 @@ def _drift(report: "SignalReport", ratio: float) -> str | None:
     return f"{words}: {report.normalizers[0]} centers the branches, not the shortcut that they are added to"
 
 
-def _against_the_ledger(report: "SignalReport") -> str | None:
+def _against_the_ledger(report: SignalRecords) -> str | None:
     known = [(r, r.variance / r.expected_variance) for r in report if r.expected_variance]
     if not known:
         return None
@@ -139,7 +130,7 @@ def _against_the_ledger(report: "SignalReport") -> str | None:
     )
 
 
-def _linear_growth(report: "SignalReport") -> str | None:
+def _linear_growth(report: SignalRecords) -> str | None:
     """Growth by a constant amount per block that starts anew with each stage: what BatchNorm does to a ResNet."""
     steps, resets, last = [], [], None
     for _, group in groupby(report, key=lambda r: r.stage):
@@ -161,12 +152,12 @@ def _linear_growth(report: "SignalReport") -> str | None:
     )
 
 
-def _growth_per_record(report: "SignalReport") -> float:
+def _growth_per_record(report: SignalRecords) -> float:
     first, last = report[0].variance, report[len(report) - 1].variance
     return (last / first) ** (1 / (len(report) - 1)) if len(report) > 1 and first > 0 else 1.0
 
 
-def _first(report: "SignalReport", wrong: Callable[["SignalRecord"], bool]) -> "SignalRecord | None":
+def _first(report: SignalRecords, wrong: Callable[[SignalRecord], bool]) -> SignalRecord | None:
     return next((record for record in report if wrong(record)), None)
 
 

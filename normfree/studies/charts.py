@@ -1,4 +1,4 @@
-"""What a study found, as pictures."""
+"""Charts of a study."""
 
 import math
 from collections.abc import Sequence
@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from normfree.plotting import COLORS, altair, write
-from normfree.studies.columns import macs, measured
+from normfree.studies.columns import read_signal, recipe_macs
 from normfree.studies.study import Entry, Study
 
 _TITLES = {"macs": "million multiply-accumulates of an image", "seconds": "seconds to train"}
 
 
 def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
-    """A panel per axis of the study: a dot per training, a line per row through the means of its cells.
+    """Draw a panel per axis of the study: a dot per training, a line per row through the means of its cells.
 
     Where there is one column, the rows are beside each other instead.
     """
     points = [point for entry in entries for point in _points(study, entry)]
     columns = list(dict.fromkeys(entry.cell.column for entry in entries))
-    panels = [_panel(study, points, columns, axis) for axis in study.over]
+    panels = [_panel(study, points, columns, axis) for axis in study.chart_axes]
     chart = altair().hconcat(*panels, spacing=24).configure_legend(orient="top", labelLimit=0, columns=3)
     return write(chart.configure_view(stroke="#cccccc").to_dict(), path)
 
 
 def _points(study: Study, entry: Entry) -> list[dict[str, Any]]:
-    costs = {"macs": macs(entry.cell.recipe) / 1e6} if "macs" in study.over else {}
+    costs = {"macs": recipe_macs(entry.cell.recipe) / 1e6} if "macs" in study.chart_axes else {}
     return [
         {"row": entry.cell.row, "column": entry.cell.column, "accuracy": t.top1, "seconds": t.seconds} | costs
         for t in entry.trainings
@@ -44,7 +44,7 @@ def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis:
         mean = chart.mark_tick(thickness=3).encode(x=alt.X("mean(accuracy):Q", **accuracy), y=rows)
         return mean + chart.mark_point().encode(x=alt.X("accuracy:Q", **accuracy), y=rows)
     if axis == "column":
-        x: Any = alt.X("column:N", title=study.across, sort=columns, axis=alt.Axis(labelAngle=0))
+        x: Any = alt.X("column:N", title=study.column_title, sort=columns, axis=alt.Axis(labelAngle=0))
         line = chart.mark_line().encode(x=x, y=alt.Y("mean(accuracy):Q", **accuracy), color=color)
     else:
         x = alt.X(f"{axis}:Q", title=_TITLES[axis]).scale(zero=False)
@@ -54,13 +54,13 @@ def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis:
 
 
 def draw_signal(entries: Sequence[Entry], source: Path, path: Path) -> Path:
-    """Average channel variance over the blocks, a panel per row, at the start, the middle and the end of a training."""
+    """Draw the average channel variance over the blocks, a panel per row: start, middle and end of a training."""
     alt = altair()
     moments = ("start", "middle", "end")
     points = [
         {"row": entry.cell.row, "moment": moment, "block": row["depth"], "variance": row["variance"]}
         for entry in entries
-        for moment, rows in zip(moments, measured(source, entry), strict=False)
+        for moment, rows in zip(moments, read_signal(source, entry), strict=False)
         for row in rows
         if 0 < row["variance"] < math.inf
     ]

@@ -46,7 +46,7 @@ class CifarResNet(nn.Module):
 
 
 def timm_resnet18(width: int = 64, norm: bool = True, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """timm's ResNet-18 with a stem for small images: 3×3, without stride and pooling; `width` channels at first."""
+    """Make timm's ResNet-18 with a stem for small images: 3×3, no stride, no pooling; `width` channels at first."""
     model: Any = timm.create_model(
         "resnet18", num_classes=num_classes, stem_type="deep", stem_width=width // 2,
         channels=tuple(width * 2**i for i in range(4)), norm_layer=nn.BatchNorm2d if norm else _nothing,

@@ -1,6 +1,5 @@
-"""What stands beside the accuracies in a study's table."""
+"""Columns beside the accuracies of a study's table: costs, the largest rate, the signal."""
 
-import csv
 import functools
 import statistics
 from collections.abc import Sequence
@@ -10,18 +9,21 @@ from typing import Any
 
 import torch
 
+from normfree.files import read_csv
 from normfree.models.cost import multiply_accumulates
+from normfree.signal.record import mean_to_variance
 from normfree.sources import model_factory
-from normfree.studies.study import Entry, fingerprint
+from normfree.studies.study import Entry
+from normfree.studies.trainings import fingerprint
 from normfree.training import Recipe
 
 
-def costs(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
-    """Multiply-accumulates of an image, and seconds of a training, level by level."""
+def cost_columns(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
+    """List multiply-accumulates of an image, and seconds of a training, level by level."""
     counts: dict[str, list[str]] = {}
     seconds: dict[str, list[str]] = {}
     for entry in entries:
-        counts.setdefault(entry.cell.row, []).append(f"{macs(entry.cell.recipe) / 1e6:.0f}")
+        counts.setdefault(entry.cell.row, []).append(f"{recipe_macs(entry.cell.recipe) / 1e6:.0f}")
         times = [training.seconds for training in entry.trainings]
         seconds.setdefault(entry.cell.row, []).append(f"{statistics.median(times):.0f}" if times else "missing")
     return {
@@ -30,8 +32,8 @@ def costs(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def largest_rates(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
-    """The largest rate at which every training ends at half of the row's best accuracy at least."""
+def largest_rate_column(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
+    """Find the largest rate at which every training ends at half of the row's best accuracy at least."""
     found: dict[str, str] = {}
     for row in dict.fromkeys(entry.cell.row for entry in entries):
         mine = [entry for entry in entries if entry.cell.row == row and entry.trainings]
@@ -43,16 +45,16 @@ def largest_rates(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str,
     return {"largest that trains": found}
 
 
-def signals(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
-    """Of the last block, at the first, middle and last measured step: variance, and squared mean over variance."""
+def signal_columns(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
+    """List variance, and squared mean over variance, of the last block at the first, middle and last measured step."""
     variance: dict[str, str] = {}
     shift: dict[str, str] = {}
     for entry in entries:
-        moments = measured(folder / "signal.csv", entry)
+        moments = read_signal(folder / "signal.csv", entry)
         if moments:
             last = [rows[-1] for rows in moments]
             variance[entry.cell.row] = ", ".join(f"{r['variance']:.2g}" for r in last)
-            shift[entry.cell.row] = ", ".join(f"{r['squared_mean'] / r['variance']:.2g}" for r in last)
+            shift[entry.cell.row] = ", ".join(f"{mean_to_variance(r['squared_mean'], r['variance']):.2g}" for r in last)
     return {
         "last block's variance at start, middle, end": variance,
         "its squared mean over variance": shift,
@@ -60,24 +62,23 @@ def signals(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]
 
 
 @functools.cache
-def macs(recipe: Recipe) -> int:
-    """Multiply-accumulates of one training image, for 1000 classes."""
+def recipe_macs(recipe: Recipe) -> int:
+    """Count multiply-accumulates of one training image, for 1000 classes."""
     with torch.device("meta"):
         model = model_factory(recipe.model)()
     assert recipe.image_size is not None
     return multiply_accumulates(model, 3, recipe.image_size)
 
 
-def measured(path: Path, entry: Entry) -> list[list[dict[str, Any]]]:
-    """What the monitor saw of an entry at its learning rate, block by block: first, middle and last such step."""
+def read_signal(path: Path, entry: Entry) -> list[list[dict[str, Any]]]:
+    """Read what the monitor saw of an entry at its learning rate, block by block: first, middle and last such step."""
     if not path.exists() or entry.lr is None:
         return []
     wanted = fingerprint(replace(entry.cell.recipe, lr=entry.lr, seed=0))
     by_step: dict[int, list[dict[str, Any]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["recipe"] == wanted:
-                numbers = {name: float(row[name]) for name in ("depth", "variance", "squared_mean")}
-                by_step.setdefault(int(row["step"]), []).append(numbers)
+    for row in read_csv(path)[1]:
+        if row["recipe"] == wanted:
+            numbers = {name: float(row[name]) for name in ("depth", "variance", "squared_mean")}
+            by_step.setdefault(int(row["step"]), []).append(numbers)
     steps = sorted(by_step)
     return [by_step[steps[place]] for place in (0, len(steps) // 2, -1)] if steps else []

@@ -1,4 +1,4 @@
-"""What conversion makes of other people's networks: docs/coverage.md.
+"""Coverage of conversion: what it makes of other people's networks, docs/coverage.md.
 
     python -m normfree.studies.coverage --out docs/coverage.md [--networks timm:resnet18 …] [--seed 0]
 
@@ -72,7 +72,7 @@ class Row:
 
     @property
     def exceptions(self) -> list[str]:
-        """What is not as it should be, in words."""
+        """Departures from what should be, in words."""
         words = []
         if self.joins and not self.lowest >= LOWEST:  # nor NaN
             words.append(f"variance {self.lowest:.2f} of the ledger's")
@@ -112,9 +112,9 @@ def _row(network: str, conversion: Conversion, finite: bool) -> Row:
         joins=len(after),
         lowest=min(ratios, default=math.nan),
         highest=max(ratios, default=math.nan),
-        after_projection=max((_shift(r) for r in after if r.shortcut == "projection"), default=0.0),
-        before_projection=max(map(_shift, after[:first]), default=0.0),
-        originally=max(map(_shift, before[:first]), default=0.0),
+        after_projection=max((r.mean_to_variance for r in after if r.shortcut == "projection"), default=0.0),
+        before_projection=max((r.mean_to_variance for r in after[:first]), default=0.0),
+        originally=max((r.mean_to_variance for r in before[:first]), default=0.0),
         growth=max(_growths(after), default=0.0),
         original_growth=max(_growths(before), default=0.0),
         finite=finite,
@@ -131,14 +131,10 @@ def ledger(records: Sequence[SignalRecord]) -> Iterator[float]:
         yield variance.variance
 
 
-def _shift(record: SignalRecord) -> float:
-    return record.squared_mean / record.variance
-
-
 def _growths(records: Sequence[SignalRecord]) -> Iterator[float]:
-    """Of a stage's joins: by how much they shift more than its second. (The first comes before an activation.)"""
+    """Yield by how much a stage's joins shift more than its second one. The first precedes an activation."""
     for _, stage in groupby(records, lambda record: record.stage):
-        shifts = [_shift(record) for record in stage][1:]
+        shifts = [record.mean_to_variance for record in stage][1:]
         if shifts:
             yield max(shifts) - shifts[0]
 

@@ -1,11 +1,11 @@
-"""The paper's claims as studies: which networks, trained how, beside each other."""
+"""Definitions of the studies: the paper's claims, each as networks that are trained beside each other."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 from normfree.errors import suggest
-from normfree.studies.columns import costs, largest_rates, signals
+from normfree.studies.columns import cost_columns, largest_rate_column, signal_columns
 from normfree.studies.study import Cell, Study
 from normfree.training import RECIPES, Recipe
 
@@ -14,8 +14,8 @@ Budget = Literal["toy", "small", "full"]
 _BATCH_NORM, _NF = "BatchNorm", "NF"
 
 
-def study(name: str, data: str, budget: Budget) -> Study:
-    """The study of a name, on `data`: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
+def define_study(name: str, data: str, budget: Budget) -> Study:
+    """Define the study of a name, on `data`: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
 
     Raises ValueError for a name that is not known.
     """
@@ -29,7 +29,7 @@ _EPOCHS = {"digits": 35, "fashion_mnist": 1, "instances": 4}
 
 
 def _base(data: str, budget: Budget) -> Recipe:
-    """What all cells share. On images of 32 pixels the last stage has one position: statistics run out there."""
+    """Make the recipe that all cells vary. At 32 pixels the last stage has one position: statistics run out there."""
     if budget == "full":
         return replace(RECIPES["nf_resnet50"], data=data, evaluate_every=10)
     epochs = 1 if budget == "toy" else _EPOCHS.get(data.partition(":")[0], 4)
@@ -40,12 +40,12 @@ def _base(data: str, budget: Budget) -> Recipe:
 
 
 def _rates(budget: Budget) -> tuple[float, ...]:
-    """Learning rates (at a batch of 256) that each cell chooses from; on ImageNet the paper's."""
+    """List the learning rates (at a batch of 256) that each cell chooses from; on ImageNet the paper's."""
     return {"toy": (0.4,), "small": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), "full": (0.1,)}[budget]
 
 
 def _network(base: Recipe, name: str, *arguments: str, **changes: object) -> Recipe:
-    """`base` with the network of that name and the depth of `base`, where the name leaves it open."""
+    """Give `base` the network of that name and the depth of `base`, where the name leaves it open."""
     model = name.format(base.model.removeprefix("nf_resnet"))
     return replace(base, model=model, model_args=(*base.model_args, *arguments), **changes)  # type: ignore[arg-type]
 
@@ -118,7 +118,7 @@ def _budget(base: Recipe, budget: Budget) -> Study:
     return Study(
         "budget",
         "At equal multiply-accumulates normalizer-free RegNets compete with EfficientNets, and are cheaper in time.",
-        "level", tuple(cells), _rates(budget), beside=costs, over=("macs", "seconds"),
+        "level", tuple(cells), _rates(budget), extra_columns=cost_columns, chart_axes=("macs", "seconds"),
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _ablation(base: Recipe, budget: Budget) -> Study:
     return Study(
         "ablation",
         "What each part of the method is worth (α is 0.2 unless it says otherwise), and the signal while it trains.",
-        "network", tuple(cells), _rates(budget), beside=signals,
+        "network", tuple(cells), _rates(budget), extra_columns=signal_columns,
     )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _large_rate(base: Recipe, budget: Budget) -> Study:
         "large-rate",
         "The largest learning rate that trains: BatchNorm makes large rates possible; adaptive gradient clipping gives "
         "some of that back.",
-        "learning rate", tuple(cells), beside=largest_rates,
+        "learning rate", tuple(cells), extra_columns=largest_rate_column,
     )  # fmt: skip
 
 

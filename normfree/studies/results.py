@@ -1,16 +1,18 @@
-"""What a study found: a table, a chart, and the numbers as a file."""
+"""Results of a study: a table, a chart, and the numbers as a file."""
 
-import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from normfree.files import csv_text, replacing
 from normfree.studies.charts import draw_signal, draw_study
 from normfree.studies.study import Entry, Study
 
+_COLUMNS = ("row", "column", "lr", "mean", "accuracies", "failed", "seconds")
 
-def text(entry: Entry) -> str:
-    """Mean ± standard deviation in percent, or what is to be said instead."""
+
+def format_entry(entry: Entry) -> str:
+    """Format mean ± standard deviation in percent, or a word where there is none."""
     if not entry.trainings:
         return "missing"
     accuracies, failed = entry.accuracies, len(entry.trainings) - len(entry.accuracies)
@@ -20,28 +22,29 @@ def text(entry: Entry) -> str:
     return f"{statistics.fmean(accuracies):.2f}{deviation}" + (f" ({failed} failed)" if failed else "")
 
 
-def table(study: Study, entries: Sequence[Entry], out: Path) -> tuple[list[str], list[list[str]]]:
-    """Column titles, and a row of texts for each row of the study."""
+def build_table(study: Study, entries: Sequence[Entry], out: Path) -> tuple[list[str], list[list[str]]]:
+    """Build the column titles, and a row of texts for each row of the study."""
     columns = list(dict.fromkeys(entry.cell.column for entry in entries))
-    texts = {(entry.cell.row, entry.cell.column): text(entry) for entry in entries}
-    beside = study.beside(entries, out)
+    texts = {(entry.cell.row, entry.cell.column): format_entry(entry) for entry in entries}
+    extra = study.extra_columns(entries, out)
     rows = [
-        [row, *(texts.get((row, column), "") for column in columns), *(more.get(row, "") for more in beside.values())]
+        [row, *(texts.get((row, column), "") for column in columns), *(more.get(row, "") for more in extra.values())]
         for row in dict.fromkeys(entry.cell.row for entry in entries)
     ]
-    return [study.across, *columns, *beside], rows
+    return [study.column_title, *columns, *extra], rows
 
 
-def write(study: Study, out: Path, entries: Sequence[Entry]) -> list[Path]:
-    """results.csv, table.md, chart.png and, where the signal was measured, signal.png."""
+def write_results(study: Study, out: Path, entries: Sequence[Entry]) -> list[Path]:
+    """Write results.csv, table.md, chart.png and, where the signal was measured, signal.png."""
     written = [out / "results.csv", out / "table.md"]
-    with written[0].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("row", "column", "lr", "mean", "accuracies", "failed", "seconds"))
-        writer.writerows(map(_row, entries))
-    titles, rows = table(study, entries, out)
+    with replacing(written[0]) as path:
+        path.write_text(
+            csv_text(_COLUMNS, [dict(zip(_COLUMNS, _row(e), strict=True)) for e in entries]), encoding="utf-8"
+        )
+    titles, rows = build_table(study, entries, out)
     lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
-    written[1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replacing(written[1]) as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if any(entry.accuracies for entry in entries):
         written.append(draw_study(study, entries, out / "chart.png"))
     if (out / "signal.csv").exists():

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def default_channel_axis(ndim: int) -> int:
-    """Where channels are when the dataflow does not say: (N, C), (N, L, C), (N, C, H, W), (N, C, D, H, W)."""
+    """Guess the channel axis where the dataflow does not say: (N, C), (N, L, C), (N, C, H, W), (N, C, D, H, W)."""
     return 2 if ndim == 3 else min(1, ndim - 1)
 
 
 def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
-    """(average channel squared mean, average channel variance) of x, a float64 tensor of 2 on x's device.
+    """Compute (average channel squared mean, average channel variance) of x, a float64 tensor of 2 on x's device.
 
     With x of shape (N, C, H, W): the mean over c of (mean over n, h, w of x)², and the mean over c of the biased
     variance over n, h, w (Brock et al. 2021, section 3). Any other shape works alike, channels at `channel_axis`.

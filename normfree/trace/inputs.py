@@ -1,4 +1,4 @@
-"""What a model is run on: its inputs, as a call; or white noise of the size that it declares."""
+"""Inputs of a model: as a call of its forward, or white noise of the size that it declares."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
+
+from normfree import _torch
 
 
 def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -43,7 +44,7 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def noise(model: nn.Module, batch: int = 4, size: tuple[int, int] | None = None) -> Tensor:
-    """x ~ N(0, 1) of shape (batch, *input_shape(model, size)), on the model's device, of its dtype."""
+    """Draw white noise x ~ N(0, 1) of shape (batch, *input_shape(model, size)), as the model's parameters are."""
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -57,8 +58,7 @@ def input_shape(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[
     """
     shape = declared_input_size(model)
     if shape is None:
-        layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
-        first = next(layers, None)
+        first = first_layer(model, nn.modules.conv._ConvNd, nn.Linear)
         if isinstance(first, nn.Linear):
             shape = (first.in_features,)
         elif isinstance(first, nn.Conv2d):
@@ -75,6 +75,11 @@ def input_shape(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[
     if min(size) < 1:
         raise ValueError(f"size is {size}; height and width must be at least 1")
     return (shape[0], *size)
+
+
+def first_layer(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module | None:
+    """Return the module of one of these classes that the model registers first; None where it has none."""
+    return next((module for module in model.modules() if isinstance(module, kinds)), None)
 
 
 def declared_input_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -95,7 +100,7 @@ def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor in nested lists, tuples, dicts and dataclasses."""
     found: list[Tensor] = []
-    for leaf in tree_leaves(value):
+    for leaf in _torch.leaves(value):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -105,7 +110,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same nesting with `function` of every tensor."""
-    return tree_map_only(Tensor, function, value)
+    return _torch.map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""From the tape to the residual joins."""
+"""Residual joins: additions of a branch to its shortcut, found on a tape."""
 
 import heapq
 from collections import defaultdict
@@ -26,8 +26,8 @@ class Join:
     factor: float  # of the branch in the addition itself (alpha of torch.add)
     end_module: str | None  # the module that computed the end of the branch, and scaled it itself if at all
     parameters: tuple[str, ...]  # parameters that multiply the branch after its end (SkipInit, LayerScale)
-    branch: int  # node of the term that is the branch
-    past: int  # node of the term that is the shortcut
+    branch_node: int  # of the term that is the branch
+    shortcut_node: int  # of the term that is the shortcut
 
 
 def find_joins(tape: Tape) -> list[Join]:
@@ -74,8 +74,8 @@ def _join(nodes: list[Node], node: Node) -> Join | None:
         factor=node.terms[branch].factor,
         end_module=end,
         parameters=parameters,
-        branch=node.terms[branch].node,
-        past=node.terms[shortcut].node,
+        branch_node=node.terms[branch].node,
+        shortcut_node=node.terms[shortcut].node,
     )
 
 
@@ -115,7 +115,7 @@ def _between(nodes: list[Node], ancestor: int, end: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Paths:
-    """What lies between an ancestor and a term."""
+    """Operations between an ancestor and a term."""
 
     fewest_layers: int  # weight layers on a path
     most_layers: int
@@ -124,7 +124,11 @@ class _Paths:
 
     @property
     def rank(self) -> tuple[bool, int, int]:
-        """Larger for a branch than for its shortcut; what lets the ancestor through unweighted is a shortcut first."""
+        """Rank of a term among those of an addition: the branch has the highest, the shortcut the lowest.
+
+        A term that one path reaches without a weight layer ranks lowest; then the number of weight layers counts, then
+        that of operations.
+        """
         return self.fewest_layers > 0, self.most_layers, self.operations
 
 
@@ -151,10 +155,10 @@ def _unweighted_kind(path: list[Node]) -> str:
 
 
 def _walk_back(nodes: list[Node], term: Operand) -> tuple[str | None, float, Tensor | None, tuple[str, ...]]:
-    """From a term of the addition to where its branch ends: through scalars, stochastic depth and views.
+    """Walk from a term of the addition to the end of its branch: through scalars, stochastic depth and views.
 
-    The module there, unless its own multiplications were among those passed (what it says of its scale is then already
-    accounted for), the product of the scalars, the statistics, and the parameters that multiply.
+    Returns the module at the end of the branch, the product of the scalars, the statistics, and the parameters that
+    multiply. The module is None where its own multiplications were passed: its declared scale is then in the product.
     """
     # The statistics are those of the term's node: whatever scaled it before the addition is divided out by the caller.
     node, scale, statistics = nodes[term.node], 1.0, term.statistics
@@ -176,7 +180,7 @@ def _walk_back(nodes: list[Node], term: Operand) -> tuple[str | None, float, Ten
 
 
 def _meets_weights(node: Node, children: dict[int, list[Node]]) -> bool:
-    """Whether a weight layer descends from the node."""
+    """Tell whether a weight layer descends from the node."""
     seen, stack = {node.index}, [node]
     while stack:
         for child in children[stack.pop().index]:
@@ -189,7 +193,7 @@ def _meets_weights(node: Node, children: dict[int, list[Node]]) -> bool:
 
 
 def _feeds_only_gates(node: Node, children: dict[int, list[Node]]) -> bool:
-    """Whether all that follows is a softmax or a gate whose result multiplies another activation."""
+    """Tell whether all that follows is a softmax or a gate whose result multiplies another activation."""
     followers = children[node.index]
     for _ in range(8):
         gates = [child for child in followers if child.op in GATES]

@@ -1,4 +1,4 @@
-"""What the operations of torch do to a signal: which are weight layers, additions, scalings; where channels go."""
+"""Operations of torch by what they do to a signal: weight layers, additions, scalings; where channels go."""
 
 import math
 from collections.abc import Sequence
@@ -37,16 +37,21 @@ NOT_A_FUNCTION_OF_VALUES = ("new_", "zeros_like", "ones_like", "empty_like", "fu
 
 
 class Activation(Protocol):
-    """What is known of the input of an operation."""
+    """Input of an operation, as far as it is known."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        ...
+
     @property
-    def channel_axis(self) -> int | None: ...
+    def channel_axis(self) -> int | None:
+        """Axis of the channels, where it is known."""
+        ...
 
 
 def same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:
-    """Whether a sum joins two activations: one shape, but that one of them may be broadcast over positions."""
+    """Tell whether a sum joins two activations: one shape, but that one of them may be broadcast over positions."""
     if a.ndim != b.ndim or a.ndim < 2:
         return False
     axis = default_channel_axis(a.ndim) if channel_axis is None else channel_axis
@@ -56,7 +61,7 @@ def same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:
 
 
 def channel_axis_after(op: str, args: Sequence[Any], parents: Sequence[Activation], out: Tensor) -> int | None:
-    """Where the channels of an operation's output are, from where its input has them; None where that is lost."""
+    """Find the channel axis of an operation's output from its input's; None where that is lost."""
     if not out.ndim:
         return None
     if "conv" in op or "batch_norm" in op or "group_norm" in op:

@@ -15,7 +15,7 @@ _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.R
 
 @contextlib.contextmanager
 def measuring(model: nn.Module, *, batch_stats: bool) -> Iterator[None]:
-    """Every module in eval mode; with `batch_stats`, unfrozen BatchNorm normalizes with the batch's statistics.
+    """Hold every module in eval mode; with `batch_stats`, unfrozen BatchNorm normalizes with the batch's statistics.
 
     Buffers are not touched: a BatchNorm without running statistics uses the batch's. Fused paths that hide operations
     are off. Everything is restored on the way out.
@@ -42,7 +42,7 @@ def measuring(model: nn.Module, *, batch_stats: bool) -> Iterator[None]:
 
 
 def _is_frozen(norm: nn.Module, model: nn.Module) -> bool:
-    """In eval mode inside a model that trains, or with an affine part that is kept from training alone."""
+    """Tell whether a norm is in eval mode inside a model that trains, or alone has an affine part that does not."""
     if model.training and not norm.training:
         return True
     own = list(norm.parameters(recurse=False))
@@ -50,22 +50,22 @@ def _is_frozen(norm: nn.Module, model: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is one of torch's quantized layers, or one that is trained to be."""
+    """Tell whether a module is one of torch's quantized layers, or one that is trained to be."""
     return type(module).__module__.startswith("torch.ao.nn.")
 
 
 def is_normalizer(module: nn.Module) -> bool:
-    """Whether a module normalizes: torch's own, and what is called a norm and has an eps."""
+    """Tell whether a module normalizes: torch's own, and what is called a norm and has an eps."""
     return "Norm" in type(module).__name__ and hasattr(module, "eps")
 
 
 def standardizes(module: nn.Module) -> bool:
-    """Whether a module standardizes its weights: it says so (`standardize`), or is called "…Std…", as timm's are."""
+    """Tell whether a module standardizes its weights: it says so (`standardize`), or is called "…Std…", as timm's."""
     return bool(getattr(module, "standardize", "Std" in type(module).__name__))
 
 
 def closed_parameters(model: nn.Module) -> list[str]:
-    """Parameters that close a branch wherever it is: gains and normalizers' weights that are all zero."""
+    """Find the parameters that close a branch: gains and normalizers' weights that are all zero."""
     found = []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -78,7 +78,7 @@ def closed_parameters(model: nn.Module) -> list[str]:
 
 
 def closed_multipliers(model: nn.Module, names: set[str]) -> list[str]:
-    """Those of the named parameters, which multiply a branch, that hold it closed: the same small number everywhere.
+    """Find those of the named parameters that hold the branch they multiply closed: the same small number everywhere.
 
     LayerScale starts at 1e-6 to 0.1 in every channel, SkipInit and ReZero at 0; what training has moved is left alone.
     """
@@ -94,7 +94,7 @@ def closed_multipliers(model: nn.Module, names: set[str]) -> list[str]:
 
 @contextlib.contextmanager
 def opened(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """The named parameters set to one; their memory is exchanged, not written."""
+    """Hold the named parameters at one; their memory is exchanged, not written."""
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].data for name in names}
     try:

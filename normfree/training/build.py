@@ -1,8 +1,6 @@
 """The network that a recipe names, for the data that it names."""
 
 import inspect
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ from torch import Tensor, nn
 
 from normfree.errors import TrainingError
 from normfree.sources import model_factory
-from normfree.trace.inputs import input_shape
+from normfree.trace.inputs import first_layer, input_shape
 from normfree.training.data.datasets import Description
-from normfree.training.recipes import Recipe
+from normfree.training.recipes import Recipe, parse_arguments
 
 # How each source calls what a recipe says; None: the source has no such argument.
 _NAMES: dict[str, dict[str, str | None]] = {
@@ -46,7 +44,7 @@ def build(recipe: Recipe, data: Description) -> nn.Module:
             arguments[theirs] = value
         elif name in _RATES and value:
             raise ValueError(f"{name} is {value}, but {recipe.model} has no such argument")
-    more = values(recipe.model_args)
+    more = parse_arguments(recipe.model_args)
     if "num_classes" in more:
         raise ValueError("model_args has num_classes, which the data decides")
     arguments |= more
@@ -112,12 +110,12 @@ def sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
 
 def model_channels(model: nn.Module, data: Description) -> int:
     """Channels of the images that the model takes: those of its first convolution, else the data's."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return data.channels if first is None else first.in_channels
+    first = first_layer(model, nn.Conv2d)
+    return first.in_channels if isinstance(first, nn.Conv2d) else data.channels
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """What the model itself calls its classifier (some have two), else its last linear layer."""
+    """Find what the model itself calls its classifier (some have two), else its last linear layer."""
     named = getattr(model, "get_classifier", None)
     found = named() if callable(named) else [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     return [found] if isinstance(found, nn.Module) else list(found)
@@ -128,22 +126,3 @@ def weight_decay(recipe: Recipe, model: nn.Module) -> float:
     if recipe.weight_decay is not None:
         return recipe.weight_decay
     return float(getattr(getattr(model, "config", None), "weight_decay", 5e-5))
-
-
-def no_weight_decay(model: nn.Module) -> set[str]:
-    """Patterns of names that do not decay although they have axes: timm's gains, and what the model itself lists."""
-    declared = getattr(model, "no_weight_decay", set)
-    return {"*.gain", *declared()}
-
-
-def values(arguments: Iterable[str]) -> dict[str, Any]:
-    """Of arguments of the form name=value."""
-    return {name: _value(text) for name, _, text in (argument.partition("=") for argument in arguments)}
-
-
-def _value(text: str) -> Any:
-    """A number, true, false, null or a list as JSON writes them; else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -1,4 +1,4 @@
-"""Being asked to stop: at the end of a step, not in the middle of one."""
+"""Interruptions: a signal stops a training at the end of a step, not in the middle of one."""
 
 import signal
 import threading
@@ -6,10 +6,10 @@ from types import FrameType, TracebackType
 
 
 class Interruption:
-    """Inside, SIGTERM and Ctrl-C set `asked`; a second Ctrl-C raises KeyboardInterrupt."""
+    """Handler of signals: inside, SIGTERM and Ctrl-C set `requested`; a second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> "Interruption":
         self.before = {}
@@ -19,9 +19,9 @@ class Interruption:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,15 +1,26 @@
-"""What a training is: every choice in one frozen dataclass, and the paper's choices by name."""
+"""Recipes: every choice of a training in one frozen dataclass, and the paper's choices by name."""
 
 import dataclasses
 import functools
 import json
 import numbers
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from normfree.errors import suggest
+from normfree.files import check_format
+
+FORMAT = 1
+"""Number of config.json's format; it grows when a field changes its meaning."""
+
+MOVED_FACTORIES = {
+    f"normfree.studies.small_resnets:{name}": f"normfree.studies.cifar_resnets:{name}"
+    for name in ("CifarResNet", "timm_resnet18")
+}
+"""Models that were given another name after runs had been made of them: old name -> name."""
 
 Precision = Literal["no", "bf16", "fp16", "double"]
 Cut = Literal["shuffled", "by_class", "dealt"]
@@ -28,24 +39,24 @@ class Recipe:
     data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
     train_images: int | None = None  # how many of the training images, evenly spaced; None: all
     image_size: int | None = None  # pixels; None: the model's own
-    test_size: int | None = None
-    epochs: int = 90
+    test_size: int | None = None  # pixels of test images; None: the model's own, or those of training
+    epochs: int = 90  # passes over the training images
     batch: int = 256  # of one optimizer step, over all processes and accumulated parts
     accumulate: int = 1  # parts that each process's share of a batch is cut into
     cut: Cut = "shuffled"  # "by_class": parts of one class each (sorted shards); "dealt": the same batches, parts mixed
     optimizer: str = "sgd"  # of timm; "sgd" is Nesterov's
-    momentum: float = 0.9
+    momentum: float = 0.9  # of optimizers that have one
     lr: float = 0.1  # peak learning rate at a batch of 256; it is scaled linearly with the batch
     warmup_epochs: float = 5.0  # linear, from 0; after it a cosine to 0
     weight_decay: float | None = None  # without gains, biases and skip gains; None: the model's own, or 5e-5
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.1  # share of a label's weight that all classes get
     stochastic_depth_rate: float | None = None  # None: the model's own
     drop_rate: float | None = None  # dropout before the classifier; None: the model's own
     crop_scale: float = 0.08  # least area of a training crop, as a fraction of the image's; 1: the whole image
     flip: bool = True  # mirror half of the training images
     auto_augment: str = ""  # of timm, such as rand-m9-mstd0.5
-    mixup: float = 0.0  # α of its Beta distribution
-    cutmix: float = 0.0
+    mixup: float = 0.0  # α of the Beta distribution of mixed images; 0: none
+    cutmix: float = 0.0  # α of the Beta distribution of pasted parts; 0: none
     ema: float = 0.0  # decay of an exponential moving average of the parameters; 0: none
     clip_adaptive: float = 0.0  # adaptive gradient clipping (as NFNets'), without the classifier; 0: none
     clip_norm: float = 0.0  # global gradient norm; 0: not clipped
@@ -71,16 +82,18 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:  # nor NaN
                 raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; it must be in [0, 1)")
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"crop_scale is {self.crop_scale}; it must be in (0, 1]")
         if self.clip_adaptive and self.clip_norm:
             raise ValueError("clip_adaptive and clip_norm are both given; choose one")
         for name in ("model_args", "convert_args", "log"):  # JSON has no tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
         for name in ("model_args", "convert_args"):
             for argument in getattr(self, name):
                 if not argument.partition("=")[0].isidentifier() or "=" not in argument:
@@ -94,18 +107,21 @@ class Recipe:
         return self.lr * self.batch / 256
 
     def to_json(self) -> str:
-        """As a file that `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """Write the recipe as the text of a file that `from_json` reads."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Recipe":
-        """The recipe of a config.json. Raises ValueError for what is none, OSError where it cannot be read."""
+        """Read the recipe of a config.json. Raises ValueError for another file or format, OSError where unreadable."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             names = {f.name for f in dataclasses.fields(cls)}
+            if isinstance(values, dict):
+                check_format(values, FORMAT, "it")
+                values.pop("format", None)
             if not isinstance(values, dict) or not {"model", "data"} <= set(values) <= names:
                 raise ValueError(f"its fields are no recipe's{_unknown(values, names)}")
-            return cls(**values)
+            return cls(**values | {"model": MOVED_FACTORIES.get(values["model"], values["model"])})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no recipe: {error}") from None
 
@@ -117,8 +133,8 @@ _LEAST = {
     "signal_every": 0, "max_unreadable": 0,
 }  # fmt: skip
 
-# May differ when a run is taken up again: the result of a normalizer-free network does not depend on them (but on
-# `accumulate` does what dropout draws, and the order of an epoch whose batches are cut by class).
+# Fields that may differ when a run is taken up again, since the result of a normalizer-free network does not depend on
+# them. One exception: `accumulate` changes what dropout draws, and the order of batches that are cut by class.
 UNBOUND = (
     "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
     "on_nonfinite", "max_unreadable",
@@ -131,7 +147,7 @@ def _hints() -> dict[str, Any]:
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a field is declared to have; lists are tuples too, as JSON has none."""
+    """Tell whether a value is of the type that a field declares; lists are tuples too, as JSON has none."""
     arguments = get_args(hint)
     if get_origin(hint) is types.UnionType:
         return any(_is_of(value, argument) for argument in arguments)
@@ -183,3 +199,16 @@ def recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}{suggest(name, RECIPES)} (`normfree train --list`)")
     return RECIPES[name]
+
+
+def parse_arguments(arguments: Iterable[str]) -> dict[str, Any]:
+    """Read arguments of the form name=value."""
+    return {name: _parse(text) for name, _, text in (argument.partition("=") for argument in arguments)}
+
+
+def _parse(text: str) -> Any:
+    """Read a number, true, false, null or a list as JSON writes them; else return the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

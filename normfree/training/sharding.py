@@ -1,4 +1,4 @@
-"""What parameters and gradients that are sharded over the processes (FSDP) take beyond what whole ones do."""
+"""Sharding: parameters and gradients that are spread over the processes (FSDP)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 
 def configure(plugin: Any) -> None:
-    """Make of accelerate's FSDP what this training needs. Raises ValueError where it cannot."""
+    """Set accelerate's FSDP up as this training needs it. Raises ValueError where it cannot."""
     if plugin.activation_checkpointing:
         raise ValueError(
             "accelerate's FSDP is told to checkpoint activations, but it draws other numbers for stochastic depth when "
@@ -26,22 +26,22 @@ def configure(plugin: Any) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds but a part of its parameters; during a step it may hold them all."""
+    """Tell whether each process holds but a part of the parameters; during a step it may hold them all."""
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor as it is on one process alone; for a sharded one all processes must ask for it together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor as it is on one process alone; of a sharded one all processes must ask for it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether all of it is finite; for a sharded one all processes must ask for it together."""
-    return bool(whole(torch.isfinite(tensor).all()))
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether all of it is finite; of a sharded one all processes must ask for it together."""
+    return bool(full_tensor(torch.isfinite(tensor).all()))
 
 
-def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the model, sharded or not, a state that is whole, of which each process has all.
+def load_full_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a full state, of which each process has all, into the model, sharded or not.
 
     Raises ValueError for the state of another model.
     """

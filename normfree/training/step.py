@@ -1,4 +1,4 @@
-"""One optimizer step: its parts forward and backward, one reduction over the processes, one update."""
+"""The step: its parts forward and backward, one reduction over the processes, one update."""
 
 import contextlib
 import math
@@ -13,9 +13,9 @@ from torch.linalg import vector_norm
 from normfree.errors import SingleValueError
 from normfree.signal.monitor import SignalMonitor
 from normfree.training.data.batches import Batch
-from normfree.training.evaluation import accumulator, totals
+from normfree.training.metrics import accumulator, totals
 from normfree.training.setup import Setup
-from normfree.training.sharding import whole
+from normfree.training.sharding import full_tensor
 
 # A loss scale is found by trying: so many steps in a row may overflow.
 _OVERFLOWS = 20
@@ -23,14 +23,14 @@ _OVERFLOWS = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step, over all processes."""
+    """Outcome of a step, over all processes."""
 
     loss: float
     top1: float | None  # percent; None where labels are mixed
     top5: float | None
     gradient_norm: float
     finite: bool  # else nothing was updated
-    asked: bool  # whether a process was asked to stop
+    stop_requested: bool  # by a signal, on any process
     unreadable: int  # images that could not be read for the first time
 
 
@@ -42,22 +42,22 @@ class Step:
         self.overflows = 0
 
     def __call__(
-        self, number: int, batches: Sequence[Batch], count: int, *, asked: bool, unreadable: int,
+        self, number: int, batches: Sequence[Batch], count: int, *, stop_requested: bool, unreadable: int,
         monitor: SignalMonitor | None,
     ) -> Outcome:  # fmt: skip
-        """The step after `number` others, on this process's parts of a batch of `count` examples."""
+        """Take the step after `number` others, on this process's parts of a batch of `count` examples."""
         setup, accelerator = self.setup, self.setup.accelerator
-        setup.schedule.step_update(number)
+        setup.optimizer.schedule.step_update(number)
         sums = accumulator(6, accelerator.device)
         before = self._statistics()
         mixed = batches[0].targets.ndim > 1
         for position, batch in enumerate(batches):
             last = position + 1 == len(batches)
-            with contextlib.nullcontext() if last else accelerator.no_sync(setup.wrapped):
+            with contextlib.nullcontext() if last else accelerator.no_sync(setup.network.wrapped):
                 if monitor is not None:
                     monitor.step = number
                     monitor.loss_scale = self._loss_scale()
-                logits, targets, weights = self._forward(setup.wrapped, batch)
+                logits, targets, weights = self._forward(setup.network.wrapped, batch)
                 loss = self._loss(logits, targets, weights, count)
                 # Processes' gradients are averaged, and the loss is a sum over all of them.
                 accelerator.backward(loss * accelerator.num_processes)
@@ -65,12 +65,12 @@ class Step:
                 sums[0] += loss * count
                 if not mixed:
                     sums[1:3] += totals(logits.detach(), targets, weights)[2:4]
-        sums[3], sums[4] = float(asked), float(unreadable)
+        sums[3], sums[4] = float(stop_requested), float(unreadable)
         if monitor is not None:
             monitor.collect()
         accelerator.unscale_gradients()
-        gradients = [p.grad for p in setup.model.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        gradients = [p.grad for p in setup.network.model.parameters() if p.grad is not None]
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
         sums = accelerator.reduce(sums, "sum")
         sums[5] = norm
         loss_sum, first, five, stops, new, norm_value = sums.tolist()
@@ -84,13 +84,13 @@ class Step:
         )  # fmt: skip
 
     def part_loss(self, batch: Batch, count: int) -> Tensor:
-        """What a part adds to the loss, of the network as this process has it."""
-        return self._loss(*self._forward(self.setup.model, batch), count)
+        """Compute a part's share of the loss, of the network as this process has it."""
+        return self._loss(*self._forward(self.setup.network.model, batch), count)
 
     def _forward(self, model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, targets and weights."""
+        """Return logits, targets and weights."""
         setup, device = self.setup, self.setup.accelerator.device
-        images = setup.normalized(batch.images, device)
+        images = setup.data.normalized(batch.images, device)
         if setup.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
@@ -106,7 +106,7 @@ class Step:
         return logits, batch.targets.to(device, non_blocking=True), batch.weights.to(device, non_blocking=True)
 
     def _loss(self, logits: Tensor, targets: Tensor, weights: Tensor, count: int) -> Tensor:
-        """A part's share of the mean over the whole step's examples."""
+        """Compute a part's share of the mean over all examples of the step."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = targets.to(logits.dtype) if targets.ndim > 1 else targets
         smoothing = self.setup.recipe.label_smoothing
@@ -114,17 +114,17 @@ class Step:
         return (losses * weights.to(losses.dtype)).sum() / count
 
     def _statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """Copies of what a forward pass may change, where a step may be left out: BatchNorm's running statistics."""
+        """Copy what a forward pass may change, where a step may be left out: BatchNorm's running statistics."""
         if self.setup.recipe.on_nonfinite != "skip":
             return []
-        return [(buffer, buffer.clone()) for buffer in self.setup.model.buffers()]
+        return [(buffer, buffer.clone()) for buffer in self.setup.network.model.buffers()]
 
     def _loss_scale(self) -> float:
         scaler = self.setup.accelerator.scaler
         return self.setup.accelerator.num_processes * (1.0 if scaler is None else scaler.get_scale())
 
     def _update(self, number: int, loss: float, norm: Tensor) -> bool:
-        """Clip and step, if everything is finite; whether it was, or is at least no fault."""
+        """Clip and step, if everything is finite; tell whether it was, or is at least no fault."""
         setup = self.setup
         finite = math.isfinite(loss) and math.isfinite(norm.item())
         self.overflows = 0 if finite else self.overflows + 1
@@ -132,18 +132,18 @@ class Step:
         if finite:
             self._clip(norm)
         if finite or scaler is not None:
-            setup.optimizer.step()  # without effect, but on the loss scale, where a scaled gradient overflows
-        if finite and setup.ema is not None:
-            setup.ema.update(setup.model, step=number)
-        setup.optimizer.zero_grad()
+            setup.optimizer.optimizer.step()  # without effect, but on the loss scale, where a scaled gradient overflows
+        if finite and setup.network.ema is not None:
+            setup.network.ema.update(setup.network.model, step=number)
+        setup.optimizer.optimizer.zero_grad()
         return finite or (scaler is not None and math.isfinite(loss) and self.overflows <= _OVERFLOWS)
 
     def _clip(self, norm: Tensor) -> None:
         recipe = self.setup.recipe
         if recipe.clip_adaptive:
-            clip_adaptive(self.setup.clipped, recipe.clip_adaptive)
+            clip_adaptive(self.setup.network.clipped, recipe.clip_adaptive)
         elif recipe.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(self.setup.model.parameters()), recipe.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self.setup.network.model.parameters()), recipe.clip_norm, norm)
 
 
 @torch.no_grad()
@@ -154,9 +154,9 @@ def clip_adaptive(parameters: Iterable[torch.nn.Parameter], factor: float, eps: 
     function, but parameters may be sharded.
     """
     pairs = [(parameter.detach(), parameter.grad) for parameter in parameters if parameter.grad is not None]
-    # One reduction for all vectors; the shards of the others are whole units.
+    # One reduction for all vectors; the shards of the others are complete units.
     vectors = [torch.stack([vector_norm(t) for t in pair]) for pair in pairs if pair[0].ndim <= 1]
-    norms = iter(whole(torch.stack(vectors)) if vectors else ())
+    norms = iter(full_tensor(torch.stack(vectors)) if vectors else ())
     for weight, gradient in pairs:
         axes = tuple(range(1, weight.ndim))
         size, norm = (vector_norm(t, dim=axes, keepdim=True) for t in (weight, gradient)) if axes else next(norms)

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normfree
-from normfree.conversion import convert, load_converted, param_groups
-from normfree.nn.conv import ScaledWS
+from normfree.conversion import convert, load_converted
+from normfree.nn.scaled_layer import ScaledWS
+from normfree.optim import param_groups
 
 torch.manual_seed(0)
 IMAGES = torch.randn(8, 3, 64, 64)

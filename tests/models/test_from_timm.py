@@ -12,8 +12,7 @@ from torch import nn
 from normfree import characterize, fold, from_timm
 from normfree.benchmarks.measure import kept_bytes
 from normfree.nn import PreActivationBlock, ScaledWSConv2d
-from tests.helpers import assert_close
-from tests.test_folding import shaken
+from tests.helpers import assert_close, shaken
 
 MOST_PARAMETERS = 150e6  # of which there are three copies at a time
 

@@ -9,7 +9,7 @@ import torch
 
 from normfree import create_model, from_pretrained
 from normfree.models import NFRegNet, NFResNet
-from tests.test_folding import shaken
+from tests.helpers import shaken
 
 NETWORKS = {
     "nf_resnet26": {"width": 0.5, "activation": "silu", "se_ratio": 0.25},

@@ -8,8 +8,7 @@ from torch import nn
 from normfree import create_model, list_models
 from normfree.models.cost import cost
 from normfree.nn import ScaledWSConv2d
-from tests.helpers import assert_close, reference_json
-from tests.test_folding import shaken
+from tests.helpers import assert_close, reference_json, shaken
 
 ZOO = reference_json("zoo_reference.json")
 OURS = {

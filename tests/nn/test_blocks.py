@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from normfree.benchmarks.peers import PlainResNet, ours
+from normfree.benchmarks.peers import PlainResNet, open_and_steady
 from normfree.models import create_model
 from normfree.nn import MaxPool2d, SqueezeExcite, VarianceLedger
 from tests.helpers import assert_close, nchw, reference_arrays
@@ -108,7 +108,7 @@ def operations(model, x):
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 def test_no_pass_over_activations_beyond_those_of_plain_convolutions(padding):
     x = torch.randn(5, 3, 64, 64)  # no layer has 5 channels
-    found = operations(ours("nf_resnet26", padding=padding), x)
+    found = operations(open_and_steady(create_model("nf_resnet26", padding=padding)), x)
     limit = operations(PlainResNet((2, 2, 2, 2), padding), x)
     assert limit["convolution"] == 29
     assert found == limit, f"{found - limit} more, {limit - found} fewer"
@@ -116,7 +116,7 @@ def test_no_pass_over_activations_beyond_those_of_plain_convolutions(padding):
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "global"])
 def test_what_a_hook_has_seen_is_not_overwritten(kind):
-    model = ours("nf_resnet26", width=0.25, num_classes=3)
+    model = open_and_steady(create_model("nf_resnet26", width=0.25, num_classes=3))
     conv = model.stages[0][1].conv[0]
     x, seen = torch.randn(2, 3, 32, 32), []
     expected = model(x)

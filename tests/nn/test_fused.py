@@ -144,7 +144,7 @@ def test_layers_that_use_them_and_that_do_not_are_alike(way, monkeypatch):
     results, used = [], []
 
     def kernels(layer):
-        used.append(fused.takes(*layer._factors()))
+        used.append(fused.supports(*layer._factors()))
         return fused if used[-1] else None
 
     for choice in (kernels, lambda layer: None):
@@ -166,17 +166,17 @@ def test_traced_layers_do_not_use_them():
     from normfree.nn import fused
 
     factors = ScaledWSConv2d(5, 4, 3).to(DEVICE)._factors()
-    assert fused.takes(*factors)
+    assert fused.supports(*factors)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert not fused.takes(*factors)
-    assert not torch.func.grad(lambda gain: (gain * fused.takes(*factors)).sum())(factors[1]).any()
+        assert not fused.supports(*factors)
+    assert not torch.func.grad(lambda gain: (gain * fused.supports(*factors)).sum())(factors[1]).any()
 
 
 @needs_kernels
 def test_a_network_that_is_measured_and_checkpointed_at_once(monkeypatch):
     from normfree.nn import fused
 
-    monkeypatch.setattr(ScaledWS, "_kernels", lambda layer: fused if fused.takes(*layer._factors()) else None)
+    monkeypatch.setattr(ScaledWS, "_kernels", lambda layer: fused if fused.supports(*layer._factors()) else None)
     model = create_model("nf_resnet26", width=0.125, num_classes=3).to(DEVICE)
     model.set_grad_checkpointing()
     report = characterize(model, torch.randn(2, 3, 32, 32, device=DEVICE), backward=True)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from normfree import create_model
 from normfree.benchmarks.measure import kept_bytes
-from normfree.benchmarks.peers import PlainResNet, ours
+from normfree.benchmarks.peers import PlainResNet, open_and_steady
 from normfree.nn import ScaledWSConv2d
 from normfree.nn.recompute import recomputing_activation
 from tests.helpers import assert_close
@@ -43,12 +43,14 @@ def test_kept_bytes_of_the_limit():
     """The bars: 1.02 of plain convolutions; SiLU and GELU networks 0.65 of themselves with separate modules."""
     x = torch.randn(16, 3, 224, 224)
     for layout in (torch.contiguous_format, torch.channels_last):
-        model, plain = (m.to(memory_format=layout) for m in (ours("nf_resnet50"), PlainResNet()))
+        model, plain = (
+            m.to(memory_format=layout) for m in (open_and_steady(create_model("nf_resnet50")), PlainResNet())
+        )
         images = x.contiguous(memory_format=layout)
         ratio = kept_bytes(model, images) / kept_bytes(plain, images)
         assert ratio <= 1.02, f"{ratio:.3f} of plain convolutions, {layout}"
     for name in ("nf_regnet_b1", "nfnet_f0"):
-        model = ours(name)
+        model = open_and_steady(create_model(name))
         x = torch.randn(8, 3, model.config.train_size, model.config.train_size)
         kept = kept_bytes(model, x)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):

@@ -9,17 +9,18 @@ import pytest
 
 from normfree.models import create_model
 from normfree.studies import runner
-from normfree.studies.definitions import STUDIES, study
-from normfree.studies.results import table, write
-from normfree.studies.runner import entries, run
-from normfree.studies.study import Cell, Ledger, Study, fingerprint
+from normfree.studies.definitions import STUDIES, define_study
+from normfree.studies.results import build_table, write_results
+from normfree.studies.runner import read_entries, run_study
+from normfree.studies.study import Cell, Study
+from normfree.studies.trainings import TrainingTable, fingerprint
 from normfree.training import RECIPES, Result
-from normfree.training.evaluation import Accuracy
+from normfree.training.metrics import Accuracy
 
 
 def small(name):
     """A toy study of narrow networks on large batches."""
-    toy = study(name, "digits", "toy")
+    toy = define_study(name, "digits", "toy")
     cells = []
     for cell in toy.cells:
         recipe = cell.recipe
@@ -29,28 +30,28 @@ def small(name):
     return dataclasses.replace(toy, cells=tuple(cells))
 
 
-def over(top1, asked=False):
+def over(top1, stop_requested=False):
     """What a training that has ended returns."""
-    return Result(Path(), 1, True, Accuracy(100, 1.0, top1, top1), top1, asked, 1.0)
+    return Result(Path(), 1, True, Accuracy(100, 1.0, top1, top1), top1, stop_requested, 1.0)
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_at_a_toy_size(name, tmp_path):
     toy, said = small(name), []
-    found = run(toy, tmp_path, seeds=1, said=said.append)
+    found = run_study(toy, tmp_path, seeds=1, on_message=said.append)
     assert len(found) == len(said) == len(toy.cells)
     assert all(len(entry.trainings) == 1 for entry in found)
     pictures = {"chart.png", "signal.png", "signal.csv"} if name == "ablation" else {"chart.png"}
     files = {"runs", "trainings.csv", "results.csv", "table.md"} | pictures
     assert {path.name for path in tmp_path.iterdir()} == files
-    assert run(toy, tmp_path, seeds=1, said=said.append) == found  # nothing is trained twice
+    assert run_study(toy, tmp_path, seeds=1, on_message=said.append) == found  # nothing is trained twice
     assert len(said) == len(toy.cells)
     beside = {
         "ablation": ["last block's variance at start, middle, end", "its squared mean over variance"],
         "budget": ["million multiply-accumulates", "seconds to train"],
         "large-rate": ["largest that trains"],
     }
-    titles, rows = table(toy, found, tmp_path)
+    titles, rows = build_table(toy, found, tmp_path)
     assert titles[len(titles) - len(beside.get(name, [])) :] == beside.get(name, [])
     filled = {(row[0], title) for row in rows for title, text in zip(titles[1:], row[1:], strict=True) if text}
     cells = {(cell.row, cell.column) for cell in toy.cells}
@@ -60,7 +61,7 @@ def test_at_a_toy_size(name, tmp_path):
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_cell_of_every_size_is_a_recipe(name):
     for budget in ("toy", "small", "full"):
-        cells = study(name, "fashion_mnist", budget).cells
+        cells = define_study(name, "fashion_mnist", budget).cells
         assert len({(cell.row, cell.column) for cell in cells}) == len(cells)
         assert len({fingerprint(cell.recipe) for cell in cells}) == len(cells)
 
@@ -87,7 +88,7 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
 
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(KeyboardInterrupt):
-        run(one, tmp_path, seeds=3)
+        run_study(one, tmp_path, seeds=3)
     tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in best | {"never": 0}}
     # From the middle downwards, else upwards, until both neighbours of the best are known.
     assert tried["high"] == [(0.4, 0), (0.2, 0), (0.8, 0), (1.6, 0), (0.8, 1), (0.8, 2)]
@@ -95,12 +96,12 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
     # A rate that the first seed alone bears well gives way to its neighbour, and that one's neighbours are tried.
     assert tried["luck"] == [(0.4, 0), (0.2, 0), (0.8, 0), (0.4, 1), (0.4, 2), (0.1, 0), (0.2, 1), (0.2, 2)]
     assert tried["never"][:3] == [(0.4, 0), (0.2, 0), (0.1, 0)]
-    found = entries(one, tmp_path, 3)
-    titles, rows = table(one, found, tmp_path)
+    found = read_entries(one, tmp_path, 3)
+    titles, rows = build_table(one, found, tmp_path)
     assert titles == ["depth", "1"]
     assert dict(rows) == dict.fromkeys(best, "51.00 ± 1.00") | {"never": "fails", "none": "missing"}
-    assert Ledger(tmp_path / "trainings.csv").find(cells[3], 0.4, 0).error == "the loss of step 3 is not finite"
-    assert {path.name for path in write(one, tmp_path, found)} == {"results.csv", "table.md", "chart.png"}
+    assert TrainingTable(tmp_path / "trainings.csv").find(cells[3], 0.4, 0).error == "the loss of step 3 is not finite"
+    assert {path.name for path in write_results(one, tmp_path, found)} == {"results.csv", "table.md", "chart.png"}
 
 
 def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
@@ -108,48 +109,48 @@ def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
     done = over(90.0)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     before = Study("s", "claim", "depth", (Cell("a", "1", recipe),))
-    run(before, tmp_path, seeds=1)
+    run_study(before, tmp_path, seeds=1)
     longer = dataclasses.replace(before, cells=(Cell("a", "1", dataclasses.replace(recipe, epochs=9)),))
-    assert [len(study.trainings) for study in entries(longer, tmp_path, 1)] == [0]
-    assert [len(study.trainings) for study in entries(before, tmp_path, 1)] == [1]
+    assert [len(study.trainings) for study in read_entries(longer, tmp_path, 1)] == [0]
+    assert [len(study.trainings) for study in read_entries(before, tmp_path, 1)] == [1]
 
 
 def test_some_columns_only(tmp_path, monkeypatch):
     done = over(90.0)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
-    one = study("batch-size", "digits", "toy")
-    found = run(one, tmp_path, seeds=2, only=["64"])
+    one = define_study("batch-size", "digits", "toy")
+    found = run_study(one, tmp_path, seeds=2, only=["64"])
     assert [len(entry.trainings) for entry in found] == [0, 0, 2, 2]
-    assert table(one, found, tmp_path)[1][0] == ["BatchNorm", "missing", "90.00 ± 0.00"]
-    found = run(one, tmp_path, seeds=2, only=["256", "NF"])
+    assert build_table(one, found, tmp_path)[1][0] == ["BatchNorm", "missing", "90.00 ± 0.00"]
+    found = run_study(one, tmp_path, seeds=2, only=["256", "NF"])
     assert [len(entry.trainings) for entry in found] == [0, 2, 2, 2]
     with pytest.raises(ValueError, match="batch-size has no '65'; it has 256, 64, and BatchNorm, NF"):
-        run(one, tmp_path, seeds=2, only=["65"])
+        run_study(one, tmp_path, seeds=2, only=["65"])
 
 
 def test_asked_to_stop_while_a_training_ends_it_begins_no_other(tmp_path, monkeypatch):
-    done = over(90.0, asked=True)
+    done = over(90.0, stop_requested=True)
     monkeypatch.setattr(runner, "train", lambda *_, **__: done)
     said = []
-    found = run(study("batch-size", "digits", "toy"), tmp_path, seeds=2, said=said.append)
+    found = run_study(define_study("batch-size", "digits", "toy"), tmp_path, seeds=2, on_message=said.append)
     assert [len(entry.trainings) for entry in found] == [1, 0, 0, 0]
     assert said[-1] == "interrupted: the same command goes on"
 
 
-def test_a_foreign_file_is_no_ledger(tmp_path):
+def test_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "trainings.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"trainings\.csv holds no trainings of a study"):
-        entries(study("depth", "digits", "toy"), tmp_path, 1)
+        read_entries(define_study("depth", "digits", "toy"), tmp_path, 1)
 
 
 def test_a_last_line_that_was_cut_off_is_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "train", lambda *_, **__: over(90.0))
-    one, path = study("batch-size", "digits", "toy"), tmp_path / "trainings.csv"
-    run(one, tmp_path, seeds=2)
+    one, path = define_study("batch-size", "digits", "toy"), tmp_path / "trainings.csv"
+    run_study(one, tmp_path, seeds=2)
     whole = path.read_bytes()
     path.write_bytes(whole[:-12])
-    assert len(Ledger(path).read()) == whole.count(b"\n") - 2
-    run(one, tmp_path, seeds=2)
+    assert len(TrainingTable(path).read()) == whole.count(b"\n") - 2
+    run_study(one, tmp_path, seeds=2)
     assert path.read_bytes() == whole
 
 
@@ -175,7 +176,7 @@ def test_ablations_leave_out_what_they_name():
 
 def test_names_that_do_not_exist():
     with pytest.raises(ValueError, match="did you mean depth"):
-        study("dept", "digits", "toy")
+        define_study("dept", "digits", "toy")
 
 
 def test_two_processes_train_together_and_one_writes(tmp_path):
@@ -196,16 +197,16 @@ def test_two_processes_train_together_and_one_writes(tmp_path):
     ]
     done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = Ledger(tmp_path / "both" / "trainings.csv").read()
+    found = TrainingTable(tmp_path / "both" / "trainings.csv").read()
     assert [(t.row, t.column, t.seed) for t in found] == [("NF", "mixed", 0), ("NF", "mixed", 1)]
     assert done.stdout.count("seed 1") == 1
 
 
 def test_one_image_at_a_time_is_a_failure_of_batch_norm(tmp_path):
-    one = study("batch-size", "digits", "small")
+    one = define_study("batch-size", "digits", "small")
     (cell,) = (c for c in one.cells if (c.row, c.column) == ("BatchNorm", "1"))
     recipe = dataclasses.replace(cell.recipe, epochs=1, train_images=4, evaluate_every=1)
     one = dataclasses.replace(one, cells=(dataclasses.replace(cell, recipe=recipe),), rates=(0.1,))
-    (entry,) = run(one, tmp_path, seeds=1)
+    (entry,) = run_study(one, tmp_path, seeds=1)
     assert entry.accuracies == []
     assert "gives a normalizer one value per channel" in entry.trainings[0].error

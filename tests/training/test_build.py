@@ -17,7 +17,8 @@ from normfree.errors import TrainingError
 from normfree.training import evaluate_run, load_run, train
 from normfree.training.build import build, classifiers
 from normfree.training.data.datasets import load
-from normfree.training.setup import Setup, accelerated
+from normfree.training.processes import accelerator_for
+from normfree.training.setup import prepare
 from tests.training.tiny import TINY, rows
 
 
@@ -193,10 +194,12 @@ def test_the_checkpoints_of_a_run_are_tested_too(tmp_path):
 )
 def test_gains_do_not_decay(model, arguments, tmp_path):
     recipe = dataclasses.replace(TINY, model=model, model_args=arguments)
-    with accelerated(recipe, tmp_path) as accelerator:
-        setup = Setup(recipe, accelerator, load("digits"))
-    decaying = {id(p) for group in setup.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]}
-    names = {name.rpartition(".")[2] for name, p in setup.model.named_parameters() if id(p) in decaying}
+    with accelerator_for(recipe, tmp_path) as accelerator:
+        setup = prepare(recipe, accelerator, load("digits"))
+    decaying = {
+        id(p) for group in setup.optimizer.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]
+    }
+    names = {name.rpartition(".")[2] for name, p in setup.network.model.named_parameters() if id(p) in decaying}
     assert names == {"weight"}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from normfree.errors import NotFiniteError
 from normfree.training import RECIPES, train
-from normfree.training.evaluation import evaluate_run
+from normfree.training.run.restored import evaluate_run
 from tests.training.tiny import TINY, command, rows
 
 pytestmark = pytest.mark.gpu

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from normfree.errors import TrainingError
-from normfree.training import RECIPES, engine, evaluate_run, train
-from normfree.training.data.datasets import Arrays, load
-from normfree.training.nonfinite import locate
+from normfree.training import RECIPES, evaluate_run, setup, train
+from normfree.training.data.datasets import ArrayImages, load
+from normfree.training.nonfinite import locate_nonfinite
 from tests.training.tiny import TINY, command, rows, same_weights
 
 RANDOM = dataclasses.replace(
@@ -155,14 +155,15 @@ def test_a_step_that_is_left_out_leaves_nothing(tmp_path):
         return args
 
     calls = itertools.count()
-    original = engine.Setup._prepare
+    original = setup._build_model
 
-    def prepare(setup):
-        setup.model.register_forward_pre_hook(overflow)
-        original(setup)
+    def build_model(*args):
+        model = original(*args)
+        model.register_forward_pre_hook(overflow)
+        return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Setup, "_prepare", prepare)
+        patch.setattr(setup, "_build_model", build_model)
         result = train(recipe, tmp_path / "burst", quiet=True)
     assert result.accuracy.loss == pytest.approx(result.accuracy.loss)  # not NaN
     state = load_file(tmp_path / "burst" / "model.safetensors")
@@ -183,19 +184,21 @@ def test_checkpoints_of_which_none_is_whole_are_not_begun_over(tmp_path):
 def test_where_it_first_went_wrong():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
     x = torch.tensor([[1.0, float("inf")]])
-    assert locate(model, lambda: model(x).sum()) == (0, "the output of 0 (Linear)")
+    assert locate_nonfinite(model, lambda: model(x).sum()) == (0, "the output of 0 (Linear)")
     ones = torch.ones(1, 2)
     with torch.no_grad():
         model[2].bias.fill_(4.0)
         model[2].weight.zero_()
-    assert "the gradient at the output of 2" in locate(model, lambda: (model(ones) - 4).abs().sqrt().sum()).words
-    assert locate(model, lambda: model(ones).sum() / 0).words == "the loss, of outputs that are finite"
+    assert (
+        "the gradient at the output of 2" in locate_nonfinite(model, lambda: (model(ones) - 4).abs().sqrt().sum()).words
+    )
+    assert locate_nonfinite(model, lambda: model(ones).sum() / 0).words == "the loss, of outputs that are finite"
     with torch.no_grad():
         model[0].bias[0] = float("nan")
-    assert locate(model, lambda: model(ones).sum()).words == "the parameter 0.bias"
+    assert locate_nonfinite(model, lambda: model(ones).sum()).words == "the parameter 0.bias"
 
 
-class Broken(Arrays):
+class Broken(ArrayImages):
     def __getitem__(self, index):
         if index % 100 == 1:
             raise OSError("truncated")
@@ -270,7 +273,7 @@ def test_what_does_not_go_on(tmp_path):
         train(TINY, out, resume="auto", quiet=True)
     (out / "elsewhere.json").rename(out / "config.json")
     whole = load("digits")
-    smaller = dataclasses.replace(whole, train=Arrays(whole.train.images[:-5], whole.train.labels[:-5]))
+    smaller = dataclasses.replace(whole, train=ArrayImages(whole.train.images[:-5], whole.train.labels[:-5]))
     known = (out / "data.json").read_bytes()
     for changed, words in (
         (smaller, "digits has 1433 training images, but had 1438 when"),

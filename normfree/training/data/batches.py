@@ -1,4 +1,4 @@
-"""Which examples make which batch, and what is random about each: functions of (seed, epoch, index) alone.
+"""Batches: examples and all that is random about them are functions of (seed, epoch, index) alone.
 
 Nothing here depends on how many processes, accumulated parts or loading workers share the work.
 """
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 @contextlib.contextmanager
 def reseedable() -> Iterator[Callable[..., None]]:
-    """Gives `seed(*numbers)`, after which Python, numpy and torch (on the CPU) draw from those numbers.
+    """Give `seed(*numbers)`, after which Python, numpy and torch (on the CPU) draw from those numbers.
 
     Outside nothing has changed.
     """
@@ -87,7 +87,7 @@ class Examples(Dataset[Example]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
-        """A batch at once, as torch's loader asks for it."""
+        """Make a batch at once, as torch's loader asks for it."""
         with reseedable() as seed:
             return [self._make(key, seed) for key in keys]
 
@@ -110,7 +110,7 @@ class Examples(Dataset[Example]):
 
 @dataclass(frozen=True)
 class Order:
-    """How an epoch's examples are cut into optimizer steps, and each of those into equal parts."""
+    """Order of an epoch's examples, cut into optimizer steps, and each of those into equal parts."""
 
     examples: int
     batch: int  # examples of an optimizer step
@@ -128,11 +128,11 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps per epoch; the last may be a smaller one."""
+        """Number of optimizer steps per epoch; the last may be a smaller one."""
         return -(-self.examples // self.batch)
 
     def step(self, epoch: int, step: int) -> list[Key]:
-        """The examples of one step, a whole number of equal parts, filled up with examples of weight 0."""
+        """List the examples of one step: equal parts, filled up with examples of weight 0."""
         chosen = self._order(epoch)[step * self.batch : (step + 1) * self.batch]
         if self.dealt and len(chosen) == self.batch:
             chosen = chosen.reshape(self.parts, -1).T.ravel()
@@ -142,7 +142,7 @@ class Order:
         return [Key(epoch, int(index), float(position < len(chosen))) for position, index in enumerate(filled)]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Kept for the epoch, since every step asks for it."""
+        """Shuffle the epoch's examples; kept, since every step asks for them."""
         if self._kept is None or self._kept[0] != epoch:
             order = np.arange(self.examples)
             if self.shuffle:
@@ -154,12 +154,12 @@ class Order:
         return self._kept[1]
 
     def count(self, step: int) -> int:
-        """Real examples of a step."""
+        """Count the examples of a step that do not fill up."""
         return min(self.batch, self.examples - step * self.batch)
 
 
 def _grouped(order: np.ndarray, labels: Sequence[int], size: int) -> np.ndarray:
-    """Groups of `size` of one class each, in the order in which they become full; what is left over at the end."""
+    """Make groups of `size` of one class each, in the order in which they become full; what is left over at the end."""
     waiting: dict[int, list[int]] = {}
     groups: list[int] = []
     for index in order.tolist():
@@ -193,7 +193,7 @@ class Parts:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Examples stacked."""
+    """Stack examples."""
     return Batch(
         torch.stack([e.image for e in examples]),
         torch.tensor([e.label for e in examples]),
@@ -224,7 +224,7 @@ class Loader(DataLoader[Example]):
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole group of processes must not take the loading away from the last steps."""
+    """Ignore signals: one to all processes must not take the loading away from the last steps."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -237,7 +237,7 @@ def loader(
     pin: bool,
     collate: Callable[[Sequence[Example]], Batch] = collate,
 ) -> Loader:
-    """Loads the parts. Its workers live as long as it does, and it draws nothing from torch's global random state."""
+    """Load the parts. Workers live as long as the loader, which draws nothing from torch's global random state."""
     return Loader(
         examples, batch_sampler=parts, num_workers=workers, collate_fn=collate, pin_memory=pin,
         persistent_workers=workers > 0, worker_init_fn=_leave_signals_to_the_parent,

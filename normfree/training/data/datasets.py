@@ -13,17 +13,17 @@ import numpy as np
 from PIL import Image
 
 from normfree.errors import suggest
-from normfree.images import SUFFIXES, to_rgb
+from normfree.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, to_rgb
 from normfree.training.data.instances import instances
 from normfree.training.data.shards import Shards, find_shards
 
 FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
-"""Where fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's folder."""
+"""Folders in which fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's."""
 
 _CLOTHES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET = IMAGENET_MEAN, IMAGENET_STD
 
 
 class Images(Protocol):
@@ -31,19 +31,19 @@ class Images(Protocol):
 
     @property
     def labels(self) -> Sequence[int]:
-        """Of every image."""
+        """Labels of all images."""
         ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
     def name(self, index: int) -> str:
-        """Where the image came from."""
+        """Say where the image came from."""
         ...
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a network knows of its data; mean and std are those of the pixels in [0, 1], per channel."""
+    """Description of the data that a network keeps; mean and std are those of the pixels in [0, 1], per channel."""
 
     classes: int
     mean: tuple[float, ...]
@@ -52,7 +52,7 @@ class Description:
 
     @property
     def channels(self) -> int:
-        """1 for grey images, 3 for RGB."""
+        """Channels: 1 for grey images, 3 for RGB."""
         return len(self.mean)
 
 
@@ -82,20 +82,20 @@ def load(spec: str) -> Data:
     if name == "digits":
         if path:
             raise ValueError(f"data is {spec!r}; digits come with scikit-learn and have no path")
-        return _digits()
+        return _load_digits()
     if name == "fashion_mnist":
-        return _fashion_mnist(path)
+        return _load_fashion_mnist(path)
     if name == "instances":
         if not path:
             raise ValueError("data is 'instances': name a folder or .zip of images too, as in instances:PATH")
         train, test = instances(Path(path))
         return Data(len(train.images), *_IMAGENET, train=train, test=test)
     if name == "wds" or name.startswith("wds/"):
-        return _shards(Path(path), name.removeprefix("wds").removeprefix("/"))
-    return _of_timm(name, path)
+        return _load_shards(Path(path), name.removeprefix("wds").removeprefix("/"))
+    return _load_timm(name, path)
 
 
-class Arrays:
+class ArrayImages:
     """Images in memory: (N, H, W) or (N, H, W, C), uint8."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int]) -> None:
@@ -109,12 +109,12 @@ class Arrays:
         return Image.fromarray(self.images[index]), self.labels[index]
 
     def name(self, index: int) -> str:
-        """Its number."""
+        """Give its number."""
         return f"image {index}"
 
 
-class Fewer:
-    """So many of the images, evenly spaced in their order. Raises ValueError where there are not so many."""
+class Subset:
+    """Subset of `count` images, evenly spaced in their order. Raises ValueError where there are not so many."""
 
     def __init__(self, images: Images, count: int) -> None:
         if count > len(images):
@@ -124,7 +124,7 @@ class Fewer:
 
     @property
     def labels(self) -> Sequence[int]:
-        """Of every one that was chosen."""
+        """Labels of the chosen images."""
         labels = self.images.labels
         return [labels[index] for index in self.chosen]
 
@@ -135,11 +135,11 @@ class Fewer:
         return self.images[self.chosen[index]]
 
     def name(self, index: int) -> str:
-        """Of the image among all."""
+        """Give the name of the image among all."""
         return self.images.name(self.chosen[index])
 
 
-def _digits() -> Data:
+def _load_digits() -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -147,11 +147,11 @@ def _digits() -> Data:
     digits = load_digits()
     images = np.round(digits.images * 255 / 16).astype(np.uint8)
     test = np.arange(len(images)) % 5 == 4
-    train, tested = (Arrays(images[part], digits.target[part]) for part in (~test, test))
+    train, tested = (ArrayImages(images[part], digits.target[part]) for part in (~test, test))
     return Data(10, (0.305,), (0.376,), tuple(map(str, range(10))), train=train, test=tested)
 
 
-def _fashion_mnist(path: str) -> Data:
+def _load_fashion_mnist(path: str) -> Data:
     folders = [Path(path)] if path else [Path(p) for p in FASHION_MNIST]
     folder = next((f for f in folders if list(f.glob("train-images-idx3-ubyte*"))), None)
     if folder is None:
@@ -160,14 +160,14 @@ def _fashion_mnist(path: str) -> Data:
             "or name a folder that holds train-images-idx3-ubyte.gz and the others (fashion_mnist:PATH)"
         )
 
-    def part(prefix: str) -> Arrays:
-        images = _idx(folder / f"{prefix}-images-idx3-ubyte").reshape(-1, 28, 28)
-        return Arrays(images, _idx(folder / f"{prefix}-labels-idx1-ubyte").tolist())
+    def part(prefix: str) -> ArrayImages:
+        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte").reshape(-1, 28, 28)
+        return ArrayImages(images, _read_idx(folder / f"{prefix}-labels-idx1-ubyte").tolist())
 
     return Data(10, (0.286,), (0.353,), _CLOTHES, train=part("train"), test=part("t10k"))
 
 
-def _idx(path: Path) -> np.ndarray:
+def _read_idx(path: Path) -> np.ndarray:
     """The bytes of a file in MNIST's format, gzipped or not, in one dimension."""
     packed = path.with_name(path.name + ".gz")
     try:
@@ -182,7 +182,7 @@ def _idx(path: Path) -> np.ndarray:
     return values
 
 
-def _shards(folder: Path, prefix: str) -> Data:
+def _load_shards(folder: Path, prefix: str) -> Data:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder} for wds")
     paths = [find_shards(folder, prefix, words) for words in (("train", "training"), ("val", "validation", "test"))]
@@ -198,7 +198,7 @@ def _shards(folder: Path, prefix: str) -> Data:
     return Data(1 + max(labels), *_IMAGENET, train=train, test=test)
 
 
-class OfTimm:
+class TimmImages:
     """A data set of timm or torchvision with an index."""
 
     def __init__(self, dataset: Any) -> None:
@@ -213,7 +213,7 @@ class OfTimm:
 
     @property
     def labels(self) -> Sequence[int]:
-        """Without reading the images, where the data set knows them."""
+        """Labels, read without the images where the data set knows them."""
         known = getattr(self.dataset, "targets", None)
         if known is None and self.reader is not None and hasattr(self.reader, "samples"):
             known = [label for _, label in self.reader.samples]
@@ -231,38 +231,38 @@ class OfTimm:
             return to_rgb(image), int(label)
 
     def name(self, index: int) -> str:
-        """The file's, with its folder: training and test images may be called the same."""
+        """Give the file's name with its folder: training and test images may be called the same."""
         return str(self.reader.filename(index, absolute=True)) if self.reader is not None else f"image {index}"
 
 
-def _image_folders(path: Path) -> tuple[OfTimm, OfTimm]:
-    """Of the folders train, and val, validation or test."""
+def _image_folders(path: Path) -> tuple[TimmImages, TimmImages]:
+    """Read the folders train, and val, validation or test."""
     test = next((split for split in ("val", "validation", "test") if (path / split).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise ValueError(f"{path} has no folders train and val (or test): it would be tested on what it trains on")
-    train = _created("", str(path / "train"), "")
-    unknown = [name for name in _created("", str(path / test), "").classes or () if name not in (train.classes or ())]
+    train = _create("", str(path / "train"), "")
+    unknown = [name for name in _create("", str(path / test), "").classes or () if name not in (train.classes or ())]
     if unknown:  # timm would leave them out
         raise ValueError(f"{path / test} has classes that {path / 'train'} does not have: {', '.join(unknown[:5])}")
     # Numbered as in training, also where a class has no test image.
-    return train, _created("", str(path / test), "", class_map=train.classes)
+    return train, _create("", str(path / test), "", class_map=train.classes)
 
 
-def _created(name: str, path: str, split: str, *others: str, **arguments: Any) -> OfTimm:
-    """Of the first split that there is. Raises ValueError where timm cannot, FileNotFoundError for an empty folder."""
+def _create(name: str, path: str, split: str, *others: str, **arguments: Any) -> TimmImages:
+    """Open the first split that exists. Raises ValueError where timm cannot, FileNotFoundError for an empty folder."""
     from timm.data import create_dataset
     from timm.data.readers import add_img_extensions
 
     add_img_extensions(SUFFIXES)  # timm by itself would leave out all but .png and .jpg, without a word
     try:
-        return OfTimm(create_dataset(name, root=path or None, split=split, **arguments))
+        return TimmImages(create_dataset(name, root=path or None, split=split, **arguments))
     except (AssertionError, RuntimeError, ValueError) as error:
         if others:
-            return _created(name, path, *others, **arguments)
+            return _create(name, path, *others, **arguments)
         raise ValueError(f"{name or 'imagefolder'} cannot be read from {path}: {error}") from error
 
 
-def _of_timm(name: str, path: str) -> Data:
+def _load_timm(name: str, path: str) -> Data:
     if name.startswith(("tfds/", "hfids/")):
         raise ValueError(f"{name} is a stream; give a data set with an index, such as imagefolder, wds/… or hfds/…")
     if not path and not name.startswith("hfds/"):
@@ -272,7 +272,7 @@ def _of_timm(name: str, path: str) -> Data:
     if name == "imagefolder":
         train, test = _image_folders(Path(path))
     elif name.startswith(("torch/", "hfds/")) and name not in ("torch/folder", "torch/image_folder"):
-        train, test = _created(name, path, "train"), _created(name, path, "validation", "test")
+        train, test = _create(name, path, "train"), _create(name, path, "validation", "test")
     else:
         known = ("digits", "fashion_mnist", "instances", "wds", "imagefolder")
         raise ValueError(

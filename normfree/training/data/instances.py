@@ -30,7 +30,7 @@ class Instances:
 
     @property
     def labels(self) -> Sequence[int]:
-        """The number of the image that each is a part of."""
+        """Numbers of the images that the parts are cut from."""
         return list(range(len(self.images))) * len(self.parts)
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Instances:
         return image.crop(self.parts[part](*image.size)), label
 
     def name(self, index: int) -> str:
-        """Of the whole image."""
+        """Give the name of the image that the part is cut from."""
         return self.names[index % len(self.names)]
 
 
@@ -57,7 +57,7 @@ def _right_square(lower: bool, width: int, height: int) -> tuple[int, int, int, 
 
 
 VIEWS = 8
-"""How often an epoch of instances shows each image: every time another crop of its left half."""
+"""Number of times that an epoch of instances shows each image, every time another crop of its left half."""
 
 
 def instances(path: Path) -> tuple[Instances, Instances]:
@@ -74,7 +74,7 @@ def instances(path: Path) -> tuple[Instances, Instances]:
 
 
 def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
-    """All that can be read in a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
+    """Read the images of a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
     files: list[tuple[str, Any]]
     if path.is_dir():
         files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
@@ -103,7 +103,7 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
 
 
 def _distinct(images: list[tuple[str, Image.Image]]) -> tuple[list[Image.Image], list[str]]:
-    """Without near-duplicates: the same 16 pixels by 16, but for 2 % of the range on average; and without flat ones."""
+    """Leave out near-duplicates (the same 16×16 pixels, but for 2 % of the range on average) and flat images."""
     kept: list[tuple[str, Image.Image]] = []
     small = np.empty((len(images), 16 * 16 * 3), np.float32)
     for name, image in images:

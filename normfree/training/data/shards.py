@@ -42,7 +42,7 @@ class Shards:
 
     @property
     def labels(self) -> Sequence[int]:
-        """Of every image."""
+        """Labels of all images."""
         return self._labels
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Shards:
             return to_rgb(image), self._labels[index]
 
     def name(self, index: int) -> str:
-        """Of the file in its shard."""
+        """Give the name of the file in its shard."""
         member = self.members[index]
         return f"{self.paths[member.shard]}/{member.name}"
 
@@ -94,7 +94,7 @@ def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:
 
 
 def _label(archive: tarfile.TarFile, info: tarfile.TarInfo, path: Path, key: str) -> dict[str, int]:
-    """The key's label, if that file has one. Raises ValueError for one that is no whole number."""
+    """Read the key's label, if that file has one. Raises ValueError for one that is no integer."""
     file = archive.extractfile(info)
     assert file is not None
     text = file.read().decode("utf-8", "replace")

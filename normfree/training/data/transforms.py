@@ -1,4 +1,4 @@
-"""From an image to what a network takes: on its own to bytes, in a batch and on the device to normalized numbers."""
+"""Transforms: an image to bytes of one size, and a batch on its device to normalized numbers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from normfree.training.recipes import Recipe
 
 
 def training_transform(recipe: Recipe, data: Description, size: int, channels: int) -> Callable[[Any], Tensor]:
-    """Random crops and what else the recipe asks for (timm's), (channels, size, size), uint8."""
+    """Make random crops and what else the recipe asks for (timm's), (channels, size, size), uint8."""
     from timm.data import create_transform
 
     whole = recipe.crop_scale == 1
@@ -27,7 +27,7 @@ def training_transform(recipe: Recipe, data: Description, size: int, channels: i
 
 
 def testing_transform(data: Description, size: int, channels: int) -> Callable[[Any], Tensor]:
-    """The middle of the image, as the authors cut it (32 pixels off the resized image); small images whole; uint8."""
+    """Cut out the middle of the image, as the authors do (32 pixels off the resized image); small ones uncut; uint8."""
     from timm.data import create_transform
 
     transform = create_transform(
@@ -38,14 +38,14 @@ def testing_transform(data: Description, size: int, channels: int) -> Callable[[
 
 
 class Normalization:
-    """(N, C, H, W) pixels, 0 to 255 -> numbers of `dtype` with the data's mean 0 and standard deviation 1."""
+    """Normalization of pixels (N, C, H, W), 0 to 255, to `dtype`, with the data's mean 0 and standard deviation 1."""
 
     def __init__(self, data: Description, channels: int, dtype: torch.dtype) -> None:
         mean, std = _statistics(data, channels)
         self.mean, self.std = (torch.tensor(values, dtype=dtype)[:, None, None] for values in (mean, std))
 
     def __call__(self, pixels: Tensor, device: torch.device) -> Tensor:
-        """On the device."""
+        """Normalize pixels on the device."""
         mean, std = (values.to(device, non_blocking=True) for values in (self.mean, self.std))
         return pixels.to(device, mean.dtype, non_blocking=True).div(255).sub_(mean).div_(std)
 

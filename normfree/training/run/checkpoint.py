@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and that run nothing when they are read."""
+"""Checkpoints that are complete or not there, and that run nothing when they are read."""
 
 import contextlib
 import hashlib
@@ -13,17 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from normfree.errors import TrainingError
-from normfree.files import sync
+from normfree.files import check_format, sync
 from normfree.training.recipes import Recipe
 from normfree.training.run.folder import RECIPE
-from normfree.training.sharding import load_whole
+from normfree.training.sharding import load_full_state
+
+FORMAT = 1
+"""Number of position.json's format."""
 
 _MANIFEST, _POSITION, _AVERAGED = "manifest.json", "position.json", "model_ema.safetensors"
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in a training a checkpoint was written."""
+    """Position in a training at which a checkpoint is written."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # that the next step belongs to
@@ -62,7 +65,7 @@ class Checkpoints:
                 if weights is not None:
                     save_file({name: t.contiguous() for name, t in weights.items()}, temporary / _AVERAGED)
                 (temporary / RECIPE).write_text(self.recipe.to_json(), encoding="utf-8")
-                (temporary / _POSITION).write_text(json.dumps(asdict(position), indent=2) + "\n")
+                (temporary / _POSITION).write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2) + "\n")
                 _seal(temporary)
                 aside = self.folder / f".writing_{position.step:08d}_before"
                 if final.exists():
@@ -85,12 +88,12 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def last_good(self) -> str:
-        """The newest whole checkpoint, in words."""
+        """Name the newest complete checkpoint, in words."""
         path, _ = self.newest()
         return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, and what is wrong with those that are newer."""
+        """Find the newest complete checkpoint, and what is wrong with those that are newer."""
         problems: list[str] = []
         for path in sorted(self.folder.glob("step_*"), reverse=True):
             problem = damage(path)
@@ -110,16 +113,18 @@ class Checkpoints:
 
 
 def read_position(path: Path) -> Position:
-    """Where the checkpoint was written. Raises TrainingError for a file that is none of ours."""
+    """Read at which position the checkpoint was written. Raises TrainingError for a file that is none of ours."""
     try:
         values = json.loads((path / _POSITION).read_text())
+        check_format(values, FORMAT, f"{path / _POSITION}")
+        values.pop("format", None)
         return Position(**values | {"unreadable": tuple(values["unreadable"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (AttributeError, OSError, ValueError, TypeError, KeyError) as error:
         raise TrainingError(f"{path} is no checkpoint of normfree: {error}") from error
 
 
 def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> None:
-    """The state of model, optimizer, scaler and random numbers, and of the averaged network.
+    """Restore model, optimizer, scaler and random numbers, and the averaged network.
 
     Tensors are read as safetensors or by torch's weights-only loader, the rest as JSON. Raises TrainingError where a
     file does not fit.
@@ -135,13 +140,13 @@ def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> N
     try:
         accelerator.load_state(str(path))
         if averaged is not None:
-            load_whole(averaged, load_file(path / _AVERAGED))
+            load_full_state(averaged, load_file(path / _AVERAGED))
     except Exception as error:
         raise TrainingError(f"{path} does not fit this training: {error}") from error
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+    """Say what is wrong with the files of a checkpoint, or None."""
     try:
         files: Mapping[str, Any] = json.loads((path / _MANIFEST).read_text())["files"]
         for name, expected in files.items():

@@ -1,4 +1,4 @@
-"""What a run's folder says of the run: its recipe, what its network knows of the data, and its conversion."""
+"""Descriptions in a run's folder: its recipe, the data that its network knows, and its conversion."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ RECIPE, DATA, PLAN = "config.json", "data.json", "plan.json"
 
 
 def check_free(recipe: Recipe, out: Path, resume: str) -> None:
-    """Raises ValueError where `out` is no place for this recipe: no folder, or the run of another one."""
+    """Raise ValueError where `out` is no place for this recipe: no folder, or the run of another one."""
     path = out / RECIPE
     if not path.exists():
         if out.exists() and not out.is_dir():
@@ -28,7 +28,7 @@ def check_free(recipe: Recipe, out: Path, resume: str) -> None:
 
 
 def check_recipe(recipe: Recipe, holder: Path) -> None:
-    """Raises ValueError where the run, or the checkpoint, in `holder` is of another recipe."""
+    """Raise ValueError where the run, or the checkpoint, in `holder` is of another recipe."""
     before = Recipe.from_json(holder / RECIPE)
     changed = [
         f"{f.name} is {getattr(recipe, f.name)!r}, was {getattr(before, f.name)!r}"
@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe, holder: Path) -> None:
 
 
 def check_data(spec: str, data: Data, out: Path) -> None:
-    """Raises ValueError where the run in `out` has been trained on other data."""
+    """Raise ValueError where the run in `out` has been trained on other data."""
     if not list(out.glob("checkpoints/step_*")):
         return
     before, now = _read_description(out), _description(data)
@@ -54,7 +54,7 @@ def check_data(spec: str, data: Data, out: Path) -> None:
 
 
 def write(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
-    """Say it. Raises TrainingError where it cannot be written."""
+    """Write the descriptions. Raises TrainingError where they cannot be written."""
     texts = {RECIPE: recipe.to_json(), DATA: json.dumps(_description(data), ensure_ascii=False) + "\n"}
     if plan is not None:
         texts[PLAN] = plan.to_json() + "\n"
@@ -64,7 +64,7 @@ def write(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
 
 
 def read(run: Path) -> tuple[Recipe, Description]:
-    """The recipe, and what its network knows of the data. Raises ValueError for a folder that does not say it."""
+    """Read the recipe and the description of the data. Raises ValueError for a folder that lacks them."""
     recipe = Recipe.from_json(run / RECIPE)
     known = _read_description(run)
     try:

@@ -1,4 +1,4 @@
-"""What NF-ResNets are compared with: ResNets with BatchNorm, with SkipInit, and with nothing."""
+"""Baselines of NF-ResNets: ResNets with BatchNorm, with SkipInit, and with nothing."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from normfree.models.block_plan import RESNET_DEPTHS, BlockPlan, plan_resnet
 from normfree.models.config import NetworkConfig
 from normfree.models.network import Head, ResidualNetwork
 from normfree.nn import MaxPool2d, PostActivationBlock, PreActivationBlock, SkipInit, SqueezeExcite, make_activation
-from normfree.nn.blocks import init_truncated_normal
-from normfree.nn.conv import SameConv2d
+from normfree.nn.initialization import truncated_normal_
+from normfree.nn.padding import SameConv2d
 
 Order = Literal["bn_act", "act_bn", "act"]
 
@@ -124,7 +124,7 @@ def _block(config: ResNetConfig, plan: BlockPlan) -> nn.Module:
 
 
 def _between(config: ResNetConfig, channels: int) -> nn.Module:
-    """What stands between two convolutions."""
+    """Make the modules between two convolutions."""
     activation = make_activation(config.activation)
     if config.order == "act":
         return activation
@@ -141,7 +141,7 @@ def _conv(
     if config.init == "he":
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     else:
-        init_truncated_normal(conv.weight)
+        truncated_normal_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv

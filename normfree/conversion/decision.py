@@ -1,0 +1,189 @@
+"""The decision: which normalizers go and which stay, and what becomes of each layer."""
+
+import copy
+import fnmatch
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from normfree.conversion.plan import Change, Plan, PlannedLayer, RemovedNorm
+from normfree.conversion.replacement import affine_of, pads_same, remainder
+from normfree.conversion.structure import Structure
+from normfree.nn.scaled_layer import ScaledWS
+from normfree.nn.surgery import kind_of
+from normfree.trace.preparation import is_quantized
+
+_CONVOLUTION = nn.modules.conv._ConvNd
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_SPACE: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (), nn.BatchNorm2d: (2, 2), nn.BatchNorm3d: (2, 2, 2)}
+_OWN_FORWARD = "its forward was replaced"
+
+
+def kept_norms(
+    model: nn.Module, structure: Structure, norms: set[str], exclude: Sequence[str], *, exactly: bool
+) -> dict[str, str]:
+    """Find the normalizers that stay, and why: a weight layer whose output they normalize cannot be replaced.
+
+    With `exactly` those too of which no layer can take over what they do in eval mode.
+    """
+    kept = {}
+    for path in sorted(norms):
+        reason = _reason_to_keep(model, structure, path, exclude)
+        if exactly and not reason:
+            reason = _reason_for_no_exact_carrier(model, structure, path)
+        if reason:
+            kept[path] = reason
+    return kept
+
+
+def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: Sequence[str]) -> str:
+    sources = structure.sources.get(path)
+    if is_excluded(path, exclude):
+        return "excluded"
+    if sources is None:
+        return "did not run on these inputs"
+    if not sources:
+        return "no weight layer before it: it normalizes the network's input"
+    if path in structure.of_input:
+        return "it normalizes the network's input too, past all weight layers"
+    if reason := norm_refusal(model.get_submodule(path)):
+        return reason
+    for source in sorted(sources):
+        reason = "excluded" if is_excluded(source, exclude) else refusal(model.get_submodule(source))
+        if reason:
+            return f"normalizes the output of {source or 'the model'}: {reason}"
+    return ""
+
+
+def _reason_for_no_exact_carrier(model: nn.Module, structure: Structure, path: str) -> str:
+    if _carrier(model, structure, path) is None:
+        return "no single layer can do what it does: it takes no layer's output as it is"
+    if getattr(model.get_submodule(path), "running_var", None) is None:
+        return "it has no running statistics"
+    return ""
+
+
+def make_plan(
+    model: nn.Module, structure: Structure, removed: Sequence[str], *, exactly: bool, scale_depthwise: bool
+) -> Plan:
+    """Make the plan that removes these normalizers, or with `exactly` has layers do what they do in eval mode."""
+    norm_of = {_carrier(model, structure, norm): norm for norm in removed}
+    layers, norms, settled = [], [], []
+    for path in dict.fromkeys(layer for norm in removed for layer in sorted(structure.sources[norm])):
+        layer: Any = model.get_submodule(path)
+        norm = norm_of.get(path)
+        # A bias before a normalizer is without effect; after it comes the normalizer's.
+        bias = layer.bias is not None if norm is None else affine_of(model.get_submodule(norm))[1] is not None
+        # A filter of one weight is nothing without its mean.
+        standardize = not exactly and not (scale_depthwise and is_depthwise(layer)) and fan_in(layer) > 1
+        layers.append(PlannedLayer(path, norm, bias or exactly, path in structure.ends, standardize))
+    for path in removed:
+        # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
+        writers = set() if path in structure.direct else structure.overwritten.get(path, set())
+        switches = [writer for writer in sorted(writers) if hasattr(model.get_submodule(writer), "inplace")]
+        settled += switches
+        norms.append(RemovedNorm(path, copied=len(switches) < len(writers)))
+    return Plan(tuple(layers), tuple(norms), tuple(dict.fromkeys(settled)))
+
+
+def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str]) -> tuple[Change, ...]:
+    """List what the plan does to each layer, in the model's order; before it is applied."""
+    found: dict[str, tuple[Literal["replaced", "removed", "kept"], str]] = {
+        path: ("kept", why) for path, why in kept.items()
+    }
+    for planned in plan.layers:
+        found[planned.path] = ("replaced", "ends a residual branch" * planned.skip_gain)
+    carried = {planned.norm for planned in plan.layers}
+    for norm in plan.removed:
+        weight, bias = affine_of(model.get_submodule(norm.path))
+        neutral = (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any()))
+        lost = norm.path not in carried and not neutral
+        found[norm.path] = ("removed", "its scale and shift are lost: no single layer can carry them" * lost)
+    order = [path for path, _ in model.named_modules() if path in found]
+    return tuple(Change(path, type(model.get_submodule(path)).__name__, *found[path]) for path in order)
+
+
+def _carrier(model: nn.Module, structure: Structure, norm: str) -> str | None:
+    """Return the weight layer whose gain and bias can be the normalizer's scale and shift; None where none can."""
+    layer = structure.direct.get(norm)
+    weight, _ = affine_of(model.get_submodule(norm))
+    if layer is None or weight is None:
+        return layer
+    # A reshape may stand between them, so that it scales other channels.
+    return layer if weight.shape == (out_channels(model.get_submodule(layer)),) else None
+
+
+def refusal(module: nn.Module) -> str:
+    """Say why a weight layer cannot be replaced; "" if it can."""
+    if isinstance(module, ScaledWS):
+        return "it is scaled and weight-standardized already"
+    if is_quantized(module):
+        return f"it is quantized ({type(module).__module__}.{type(module).__name__})"
+    kind = kind_of(module)
+    if kind is None:
+        return f"its weight is used by a {type(module).__name__}, which is no layer of torch.nn: a functional call"
+    if "weight" not in module._parameters:
+        return "its weight is parametrized"
+    weight: Any = module.weight
+    if weight.numel() > 1 and bool((weight == weight.flatten()[0]).all()):
+        return "its weight is constant: without its mean it is zero"
+    if "forward" in vars(module):
+        return _OWN_FORWARD
+    own = (module._parameters.keys() | module._buffers.keys() | module._modules.keys()) - {"weight", "bias"}
+    if own:
+        return f"it holds {', '.join(sorted(own))} besides weight and bias"
+    if pads_same(module):
+        return ""
+    if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward")):
+        return f"a {type(module).__name__} computes something of its own"
+    return ""
+
+
+def norm_refusal(norm: Any) -> str:
+    """Say why a normalizer cannot be taken away; "" if it can.
+
+    Classes that add an activation to BatchNorm, or compute it faster, are many: what theirs do is tried on numbers.
+    """
+    if "forward" in vars(norm):
+        return _OWN_FORWARD
+    if not isinstance(norm, _BATCH_NORM) or type(norm).forward is _BATCH_NORM.forward:
+        return ""
+    trial: Any = copy.deepcopy(norm).eval().float()
+    mean, variance, weight, bias = trial.running_mean, trial.running_var, trial.weight, trial.bias
+    space = next((space for kind, space in _SPACE.items() if isinstance(norm, kind)), (2, 2))
+    like = next((t for t in (mean, weight) if t is not None), torch.empty(0))
+    x = torch.randn(8, trial.num_features, *space, generator=torch.Generator().manual_seed(0)).to(like.device)
+    with torch.no_grad():
+        try:
+            found = type(trial).forward(trial, x.clone())
+            expected = F.batch_norm(x, mean, variance, weight, bias, training=mean is None, eps=trial.eps)
+            expected = remainder(trial, RemovedNorm("", copied=False))(expected)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            return f"a {type(norm).__name__} computes something of its own"
+    return ""
+
+
+def is_depthwise(module: Any) -> bool:
+    """Tell whether a module is a convolution with one channel per group."""
+    return isinstance(module, _CONVOLUTION) and module.groups == module.in_channels > 1
+
+
+def fan_in(module: Any) -> int:
+    """Count the weights of a filter, of a weight layer that is not refused."""
+    return int(module.weight.numel()) // out_channels(module)
+
+
+def out_channels(module: Any) -> int:
+    """Count the channels of the output, of a weight layer that is not refused."""
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+def is_excluded(path: str, exclude: Sequence[str]) -> bool:
+    """Tell whether a module, or one that it is in, matches a path or glob pattern of `exclude`."""
+    parts = path.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)

@@ -1,0 +1,45 @@
+"""Poolings of the authors' networks, padded as TensorFlow and JAX do."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.nn.padding import pad_both_sides, same_padding
+
+
+class AveragePool2d(nn.Module):
+    """Average pooling, 2×2 with stride 2; at odd sizes the last windows average what is there (SAME).
+
+    (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool x."""
+        if torch.compiler.is_exporting():
+            # The same average, from a repeated last row or column: sizes may be symbols, of which ceil_mode asks more.
+            height, width = (same_padding(size, 2, 2) for size in x.shape[-2:])
+            return F.avg_pool2d(F.pad(x, (0, width, 0, height), "replicate"), 2, 2)
+        return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+class MaxPool2d(nn.Module):
+    """Max pooling, 3×3 with stride 2: padding="same" as in TensorFlow and JAX, "symmetric" pads 1 on every side."""
+
+    def __init__(self, padding: str = "same") -> None:
+        super().__init__()
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool x, (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉)."""
+        if self.padding == "symmetric":
+            return F.max_pool2d(x, 3, 2, padding=1)
+        totals = [same_padding(size, 3, 2) for size in x.shape[-2:]]
+        if torch.compiler.is_exporting() or len({t % 2 for t in totals}) > 1:
+            # In an export the sizes may be symbols, whose parity nobody knows.
+            return F.max_pool2d(F.pad(x, pad_both_sides(totals), value=float("-inf")), 3, 2)
+        # A window that hangs over the end (ceil_mode) is the odd padding element of SAME.
+        return F.max_pool2d(x, 3, 2, padding=[t // 2 for t in totals], ceil_mode=True)
+
+    def extra_repr(self) -> str:
+        """Show the padding."""
+        return f"padding={self.padding!r}"
