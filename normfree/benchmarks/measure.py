@@ -128,6 +128,10 @@ class Setting:
     rounds: int = 9  # in each process
     processes: int = 3  # one after the other: where memory comes to lie moves a ratio, too, once per process
 
+    def __post_init__(self) -> None:
+        if min(self.batch, self.threads, self.processes) < 1 or self.rounds < 2:
+            raise ValueError("batch, threads and processes must be at least 1, rounds at least 2")
+
     @property
     def ours(self) -> str:
         """Name of what is compared with the peers."""

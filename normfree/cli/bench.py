@@ -50,7 +50,7 @@ def bench(
 ) -> None:
     """Measure time (and, in training, what is kept for the backward pass) as ratios to other networks, interleaved.
 
-    Below 1 ours is ahead. Close other programs first: rounds are repeated until the ratios are steady.
+    Below 1 ours is ahead. Rounds are repeated until the ratios are steady.
 
     Args:
         what: A training step (forward and backward) or inference with folded weights.
@@ -64,34 +64,32 @@ def bench(
         allocator: "tuned" makes glibc keep what is freed, which takes page faults out of the comparison.
         threads: Number of threads of PyTorch.
         rounds: At least so many in each process; more while the ratios scatter.
-        processes: How many, one after the other; a ratio also depends on where a process's memory comes to lie.
+        processes: How many, one after the other: where a process's memory comes to lie moves a ratio too.
         out: JSON file for the numbers, the machine and the versions.
         json_output: Print those as JSON instead of a table.
     """
     peers = peers or PEERS[what]
     for name in (model, *peers):
-        model_factory(name)  # raises for one that is not known
-    if min(batch, threads, processes) < 1 or rounds < 2:
-        raise ValueError("batch, threads and processes must be at least 1, rounds at least 2")
+        model_factory(name)  # raises ValueError
     if out is not None:
         check_writable(out, [".json"])
+    height, width = height_and_width(size) or (224, 224)
     setting = Setting(
-        model, peers, convert, batch, height_and_width(size) or (224, 224), height_and_width(peer_size), channels_last,
-        allocator, threads, rounds, processes,
+        model, peers, convert, batch, (height, width), height_and_width(peer_size), channels_last, allocator, threads,
+        rounds, processes,
     )  # fmt: skip
     with progress() as bar:
         task = bar.add_task(what, total=processes)
         rows = MEASUREMENTS[what](setting, lambda: bar.advance(task))
     document = {"machine": machine(), "what": what, "setting": asdict(setting), "rows": rows}
-    if json_output:
-        show_json(document)
-    else:
-        _show(what, setting, rows)
-    if out is not None:
+    if out:
         with replacing(out) as path:
             path.write_text(json.dumps(document, indent=2) + "\n")
-        if not json_output:
-            announce([out])
+    if json_output:
+        show_json(document)
+        return
+    _show(what, setting, rows)
+    announce([out] if out else [])
 
 
 def _show(what: str, setting: Setting, rows: list[dict[str, Any]]) -> None:

@@ -147,11 +147,7 @@ def convert(
     run_watched(model, tape, *call)
     exactly = keep == "function"
     plan, changes = _decide(model, tape, paths, exclude, exactly=exactly, scale_depthwise=depthwise == "scale")
-    departure = 0.0
-    if exactly:
-        apply_plan(plan, model, keep_function=True)
-    else:
-        departure = _calibrated(model, plan, tape, 0.2 if alpha is None else alpha, call)
+    departure = _follow(plan, model, tape, call, exactly, 0.2 if alpha is None else alpha)
     with _all_running(model, plan):
         after = characterize(model, images)
     return Conversion(model, changes, before, after, departure, plan)
@@ -169,10 +165,13 @@ def _decide(
     return plan, list_changes(model, plan, kept)
 
 
-def _calibrated(
-    model: nn.Module, plan: Plan, tape: Tape, alpha: float, call: tuple[tuple[Any, ...], dict[str, Any]]
+def _follow(
+    plan: Plan, model: nn.Module, tape: Tape, call: tuple[tuple[Any, ...], dict[str, Any]], exactly: bool, alpha: float
 ) -> float:
-    """Apply the plan and set all scales on these inputs; return the largest departure of a branch's variance."""
+    """Apply the plan, and unless `exactly` set all scales; return the largest departure of a branch's variance."""
+    if exactly:
+        apply_plan(plan, model, keep_function=True)
+        return 0.0
     multipliers = {name for join in find_joins(tape) for name in join.parameters}
     layers = apply_plan(plan, model)
     for planned in plan.layers:

@@ -35,7 +35,7 @@ def characterize(
     backward: bool = False,
     name: str | None = None,
 ) -> SignalReport:
-    """Measure the signal propagation of a model: channel statistics at every residual join (Brock et al. 2021, section 3).
+    """Measure the signal of a model: channel statistics at every residual join (Brock et al. 2021, section 3).
 
     Every module is in eval mode for the run, so dropout is off and detectors ask for no targets. The model comes back
     as it was, also when its forward raises, and so does torch's random state.
@@ -76,17 +76,22 @@ def characterize(
     for seed in range(seeds):
         with _isolated_rng(), torch.inference_mode(False):
             torch.manual_seed(seed)
-            net = model if isinstance(model, nn.Module) else model()
-            if not isinstance(net, nn.Module):
-                raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
-            net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
-            refuse_unrunnable(net)
+            net = _made(model)
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
-            report = measurement.report(open_branches)
-        reports.append(report)
+            reports.append(measurement.report(open_branches))
     merged = SignalReport.merge(reports)
     return dataclasses.replace(merged, model=name or _name_of(model))
+
+
+def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """Return the module, or what the factory makes; eager, and such that it can run."""
+    net = model if isinstance(model, nn.Module) else model()
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"the factory returned a {type(net).__name__}; it must return a torch.nn.Module")
+    net = getattr(net, "_orig_mod", net)  # torch.compile keeps the eager module there
+    refuse_unrunnable(net)
+    return net
 
 
 class _Measurement:
