@@ -1,4 +1,4 @@
-"""Where tests run: on the CPU, but for those that are marked `gpu`."""
+"""Placement of the tests: on the CPU, but for those that are marked `gpu`."""
 
 import pytest
 import torch

@@ -1,20 +1,29 @@
-"""What several tests need: the authors' numbers, and comparisons that print what differs."""
+"""Helpers of several tests: the authors' numbers, and comparisons that print what differs."""
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from normfree.models import create_model
 from normfree.models.haiku import load_haiku
 from tests.fixtures.recipe import make_input, make_param
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SEEDS = st.integers(0, 2**32 - 1)
+"""Seeds of the tensors of a property test: what it draws can be drawn again."""
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @functools.cache
@@ -39,6 +48,46 @@ def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "valu
     difference = float(np.abs(actual - expected).max()) if actual.size else 0.0
     bound = tolerance * max(1.0, float(np.abs(expected).max()) if expected.size else 0.0)
     assert difference <= bound, f"{what}: differs by {difference:.3g}, more than {bound:.3g}, shape {actual.shape}"
+
+
+def assert_equal(actual: Tensor, expected: Tensor, what: str = "value") -> None:
+    """Bit for bit, of one shape and dtype."""
+    found, wanted = ((tuple(tensor.shape), tensor.dtype) for tensor in (actual, expected))
+    assert found == wanted, f"{what} is of {found}, expected {wanted}"
+    if torch.equal(actual, expected):
+        return
+    apart = (actual != expected).flatten()
+    first = int(apart.nonzero()[0])
+    one, other = (tensor.detach().flatten()[first].item() for tensor in (actual, expected))
+    pytest.fail(f"{what}: {int(apart.sum())} of {found[0]} differ, the first, number {first}, is {one}, not {other}")
+
+
+def assert_allclose(
+    actual: Tensor, expected: Tensor, *, rtol: float = 1e-5, atol: float = 1e-8, what: str = "value"
+) -> None:
+    """The rule and the tolerances of torch.allclose, for tensors of one shape and dtype."""
+    torch.testing.assert_close(
+        actual, expected, rtol=rtol, atol=atol, msg=lambda said: f"{what}, shape {tuple(expected.shape)}: {said}"
+    )
+
+
+def assert_same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and under each the same tensor, bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_equal(actual[name], value, name)
+
+
+def assert_gradients(model: nn.Module) -> None:
+    """Every parameter has a gradient, and it is finite."""
+    parameters = dict(model.named_parameters())
+    assert parameters
+    bad = {
+        name: "none" if p.grad is None else f"{int((~p.grad.isfinite()).sum())} of {tuple(p.shape)} not finite"
+        for name, p in parameters.items()
+        if p.grad is None or not p.grad.isfinite().all()
+    }
+    assert not bad, f"gradients of {len(bad)} of {len(parameters)} parameters: {bad}"
 
 
 def reference_network(case: str, name: str, dtype: torch.dtype, **arguments: Any) -> tuple[nn.Module, torch.Tensor]:

@@ -150,7 +150,7 @@ def test_docstrings_start_with_a_noun_or_a_verb(path):
 
 def test_importing_the_package_is_light_and_changes_nothing():
     """Charts, timm and the command line's packages are imported when they are needed."""
-    heavy = ("altair", "timm", "tyro", "torchvision", "rich", "PIL", "accelerate")
+    heavy = ("altair", "timm", "tyro", "torchvision", "rich", "PIL", "accelerate", "torch._dynamo")
     code = (
         "import sys, torch; before = list(sys.meta_path), list(sys.path); import normfree; "
         f"print([m for m in {heavy} if m in sys.modules], before == (sys.meta_path, sys.path))"

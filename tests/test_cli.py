@@ -117,6 +117,8 @@ BAD = {
     "three sizes": (["spp", "nf_resnet26", "--size", "5", "5", "5"], "give height and width"),
     "photographs for a linear layer": (["spp", "four:linear", "--input", "photos"], "images have (1 or 3"),
     "seeds": (["spp", "nf_resnet26", "--seeds", "0"], "seeds is 0"),
+    "size of an export": (["export", "nf_resnet26", "--to", "pt2", "--size", "0"], "size is (0,)"),
+    "three sizes of a conversion": (["convert", "timm:resnet18", "--size", "5", "5", "5"], "give height and width"),
     "epochs": (["demo", "--epochs", "0"], "epochs is 0"),
     "depth": (["demo", "--depth", "51"], "depth is 51"),
     "pattern": (["models", "nothing*"], "no model matches"),
@@ -162,9 +164,9 @@ def test_installed_commands(command):
 
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m normfree models nf_* | head -n 2", shell=True, capture_output=True, text=True
+        f"{sys.executable} -m normfree models nf_regnet* | head -n 2", shell=True, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[1].startswith("nf_resnet26\t")
+    assert done.stdout.splitlines()[1].startswith("nf_regnet_b0\t")
     assert "Traceback" not in done.stderr
 
 
@@ -193,6 +195,50 @@ def test_models_as_json(run):
     (entry,) = json.loads(out)
     assert code == 0
     assert (entry["parameters"], entry["macs"], entry["size"]) == (8595372, 327149536, 192)
+    square, wide = (
+        json.loads(run("models", "nf_regnet_b0", "--json", "--size", *size)[1])[0] for size in ([64], [64, 128])
+    )
+    assert wide["size"] == [64, 128]
+    assert 1.8 < wide["macs"] / square["macs"] < 2.1
+
+
+def test_every_command_that_prints_a_table_prints_json(run, tmp_path):
+    small = ["--size", 32, "--batch", 2, "--json"]
+    assert json.loads(run("spp", "nf_resnet26", *small)[1])["model"] == "nf_resnet26"
+    converted = json.loads(run("convert", "torchvision:resnet18", *small, "--out", "free.safetensors")[1])
+    assert sum(change["action"] == "removed" for change in converted["changes"]) == 20
+    assert converted["written"] == ["free.safetensors"]
+    exported = json.loads(run("export", "nf_resnet26", "--to", "pt2", "--size", 64, 80, "--json")[1])
+    assert exported["path"] == "nf_resnet26.pt2"
+    assert exported["difference"] < 1e-3
+    assert json.loads(run("train", "--list", "--json")[1])["digits"]["model"] == "nf_resnet26"
+    quick = ["--epochs", 1, "--batch", 512, "--model-args", "width=0.25", "--quiet", "--json", "--out", "first"]
+    trained = json.loads(run("train", "digits", *quick)[1])
+    assert trained["finished"]
+    tested = json.loads(run("eval", "first", "--json")[1])
+    assert tested["top1"] == trained["accuracy"]["top1"]
+
+
+def test_train_says_what_there_is_and_what_it_takes(run):
+    code, out, err = run("train")
+    assert code == 2
+    assert "nf_regnet_b5\t" in out
+    assert "name a recipe, as in: normfree train digits" in err
+    for arguments in (["train", "--help"], ["train", "nf_resnet50", "--help"]):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        for words in ("--label-smoothing", "--test-size", "--resume", "--json", "config.json of a run"):
+            assert words in out, words
+        assert "arguments (default: )" not in out
+    assert "the recipe comes first" in run("train", "--epochs", "3")[2]
+    assert "--from needs" in run("train", "--from")[2]
+
+
+def test_images_are_noise_unless_they_are_named(run):
+    """One default everywhere."""
+    assert "inputs 4×3×32×32" in run("spp", "nf_resnet26", "--size", 32)[1]
+    assert "(default: noise)" in run("spp", "--help")[1]
+    assert "(default: noise)" in run("convert", "--help")[1]
 
 
 def test_export_of_a_saved_network(run, tmp_path):
@@ -205,15 +251,29 @@ def test_export_of_a_saved_network(run, tmp_path):
     assert (tmp_path / "net.pt2").exists()
 
 
-def test_bench(run, tmp_path):
-    arguments = ["--batch", "1", "--size", "32", "--rounds", "2", "--out", str(tmp_path / "b.json")]
-    code, out, err = run("bench", "--peers", "limit: plain convolutions", *arguments)
+@pytest.mark.slow
+def test_bench_compares_with_networks_of_any_source(run, tmp_path):
+    limit = "normfree.benchmarks.peers:plain_resnet50"
+    arguments = ["--batch", "1", "--size", "32", "--rounds", "2", "--processes", "1"]
+    code, out, err = run("bench", "--peers", limit, *arguments, "--out", tmp_path / "b.json")
     assert code == 0, err
-    assert "limit: plain convolutions" in out
+    assert limit in out
     assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["ratio"] > 0
-    code, out, err = run("bench", "inference", *arguments[:-2])
+    converted = ["--model", "torchvision:resnet18", "--convert", "--peers", "torchvision:resnet18", "--json"]
+    arguments[1], arguments[3] = "2", "64"
+    code, out, err = run("bench", *converted, *arguments)
     assert code == 0, err
-    assert run("bench", "--model", "nf_resnet5")[0] == 2
+    assert [row["peer"] for row in json.loads(out)["rows"]] == ["torchvision:resnet18"]
+    code, out, err = run("bench", "inference", *arguments)
+    assert code == 0, err
+    assert "torchvision:resnet50" in out
+
+
+def test_bench_refuses_names_and_numbers(run):
+    code, _, err = run("bench", "--model", "nf_resnet5")
+    assert code == 2
+    assert "no model is called 'nf_resnet5'; did you mean nf_resnet50" in err
+    assert "rounds at least 2" in run("bench", "--rounds", "1")[2]
 
 
 def test_a_folder_does_not_hide_a_network(run, tmp_path):

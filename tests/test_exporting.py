@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from normfree import create_model, export, exporting
-from tests.helpers import shaken
+from tests.helpers import assert_allclose, shaken
 
 NETWORKS = {
     "nf_resnet26": {"width": 0.5},
@@ -18,7 +18,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_dynamic_sizes(name, to, tmp_path):
+def test_a_file_computes_the_same_on_batches_and_images_of_other_sizes(name, to, tmp_path):
     model = shaken(create_model(name.split()[0], num_classes=4, **NETWORKS[name])).train()
     result = export(model, tmp_path / f"net.{to}", to=to, size=64)
     assert result.difference <= 1e-4 * max(1, result.largest), result
@@ -28,7 +28,7 @@ def test_dynamic_sizes(name, to, tmp_path):
     for shape in ((1, 3, 64, 64), (4, 3, 97, 110)):
         x = torch.randn(shape)
         with torch.no_grad():
-            assert (run(x) - model(x)).abs().max() <= 1e-4 * max(1, result.largest)
+            assert_allclose(run(x), model(x), rtol=0, atol=1e-4 * max(1, result.largest))
 
 
 def _runner(path, to):
@@ -46,7 +46,7 @@ def test_a_file_that_computes_something_else_is_no_success(wrong, tmp_path, monk
         export(create_model("nf_resnet26", width=0.25, num_classes=4), tmp_path / "net.pt2", to="pt2", size=64)
 
 
-def test_what_cannot_be_exported(tmp_path):
+def test_what_cannot_be_exported_is_refused_and_named(tmp_path):
     model = create_model("nf_resnet26", width=0.25)
     with pytest.raises(ValueError, match="to is 'tflite'"):
         export(model, tmp_path / "net.tflite", to="tflite")

@@ -37,7 +37,7 @@ def loop(model, images, labels):
     return dict(zip(dict(model.named_parameters()), map(torch.stack, zip(*found, strict=True)), strict=True))
 
 
-def test_through_torch_func_and_through_opacus():
+def test_through_torch_func_and_through_opacus_gradients_equal_a_loop_s():
     model, images, labels = small(), torch.randn(4, 3, 32, 32).double(), torch.arange(4)
     expected = loop(model, images, labels)
 
@@ -48,14 +48,16 @@ def test_through_torch_func_and_through_opacus():
     mapped = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
     wrapped = per_sample_gradients(model)
     F.cross_entropy(wrapped(images), labels).backward()
+    assert mapped.keys() == expected.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         scale = expected[name].abs().max() + 1e-12
         for how, found in (("torch.func", mapped[name]), ("opacus", parameter.grad_sample)):
+            assert found.shape == expected[name].shape, f"{how}: {name} is of {tuple(found.shape)}"
             difference = (found - expected[name]).abs().max() / scale
             assert difference < 1e-9, f"{how}: {name} differs by {difference:.1e}"
 
 
-def test_what_opacus_cannot_keep_private():
+def test_what_opacus_cannot_keep_private_is_refused_and_unchanged():
     kept = normfree.convert(torchvision.models.resnet18(), torch.randn(8, 3, 32, 32), exclude=["layer4"]).model
     with pytest.raises(ValueError, match=r"layer4\.0\.bn1 \(BatchNorm2d\) normalizes with the batch's statistics"):
         per_sample_gradients(kept)

@@ -10,11 +10,9 @@ import tyro
 
 from normfree.cli.output import Json, first_process, progress, show_json, show_table
 
-_USAGE = """Train a network as a recipe says, into a folder: normfree train digits --out runs/first
+_USAGE = """Train a network as a recipe says, into a folder, as in: normfree train digits --out runs/first
 
-normfree train RECIPE …        a recipe by name; normfree train --list shows them
-normfree train --from FILE …   the config.json of a run
-normfree train                 the list of recipes
+RECIPE is a name from `normfree train --list`, or `--from FILE` with the config.json of a run.
 
 Every field of the recipe is an option; the defaults below are those of {name}."""
 

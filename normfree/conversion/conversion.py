@@ -49,7 +49,7 @@ class Conversion:
         changes: One `Change` per replaced layer and per normalizer.
         before: Signal of the original.
         after: Signal of the converted network.
-        departure: Largest |variance - 1| of a branch where it joins, after calibration.
+        departure: Largest departure from 1 of a branch's variance where it joins, after calibration.
         plan: Modules that were replaced, by path.
     """
 

@@ -33,5 +33,5 @@ __all__ = [
     "register_with_timm",
 ]
 
-if "timm" in sys.modules:
+if sys.modules.get("timm") is not None:
     register_with_timm()

@@ -25,7 +25,7 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     and raises RuntimeError elsewhere.
 
     Args:
-        weight: Filters, (out_channels, in_channels / groups, *kernel_size).
+        weight: Filters, `(out_channels, in_channels / groups, *kernel_size)`.
         scale: Factor of each filter, (out_channels,).
         eps: Clamp on N · var(W).
 

@@ -24,6 +24,8 @@ COLUMNS = ("step", "depth", "name", "stage", *STATISTICS)
 class SignalMonitor:
     """Statistics of `characterize`, on live training batches, forward and backward.
 
+    ::
+
         with SignalMonitor(model, every=100, path="signal.csv") as monitor:
             ...  # the training loop, as it is
         monitor.draw("signal.png")
@@ -81,9 +83,10 @@ class SignalMonitor:
         assert self.model is not None
         if self.table is not None:
             self.rows = [_parsed(row) for row in self.table.cut_back(self.step - 1)]
-        self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        end = self.model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
-        self._hooks.callback(end.remove)
+        # Not as decorators: naming torch.compiler.disable imports the compiler.
+        begin, end = (torch.compiler.disable(hook) for hook in (self._begin, self._end))
+        self._hooks.callback(self.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        self._hooks.callback(self.model.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
         return self
 
     def __exit__(
@@ -93,7 +96,6 @@ class SignalMonitor:
         self._stop(complete=False)  # of a forward pass that was interrupted
         self.collect()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is not self.model or not (module.training and torch.is_grad_enabled()):
             return
@@ -114,7 +116,6 @@ class SignalMonitor:
             )
             self._recording.__enter__()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if module is self.model:
             self._stop(complete=out is not None)  # None: the forward raised

@@ -1,13 +1,14 @@
+"""Parameters in Haiku's form, nested, flat or in a published file."""
+
 import json
 
 import numpy as np
 import pytest
-import torch
 
 from normfree import create_model
 from normfree.models.haiku import haiku_key, load_haiku
 from tests.fixtures.recipe import make_param
-from tests.helpers import reference_arrays
+from tests.helpers import assert_same_state, reference_arrays
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_nested_and_flat_are_the_same(model, params):
         module, name = key.split("//")
         nested.setdefault(module, {})[name] = value
     again = load_haiku(create_model("nf_resnet50", width=1, num_classes=10), nested).state_dict()
-    assert all(torch.equal(flat[name], again[name]) for name in flat)
+    assert_same_state(again, flat)
 
 
 def test_one_error_lists_everything_and_changes_nothing(model, params):
@@ -44,10 +45,10 @@ def test_one_error_lists_everything_and_changes_nothing(model, params):
         "shape: NF_ResNet/~/initial_conv",
     ):
         assert words in str(error.value)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert_same_state(model.state_dict(), before)
 
 
-def test_a_published_file(model, params, tmp_path):
+def test_a_published_file_brings_the_authors_gains(model, params, tmp_path):
     """A pickled object array, as F0_haiku.npz; the gains become the authors' constants."""
     nested = {}
     for key, value in params.items():
@@ -59,8 +60,7 @@ def test_a_published_file(model, params, tmp_path):
     assert model.config.gains == "reference"
     built = create_model("nf_resnet50", width=1, num_classes=10, gains="reference")
     expected = load_haiku(built, params).state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    assert_same_state(model.state_dict(), expected)
 
 
 @pytest.mark.parametrize("value", ["text", None, [[1.0], [1.0, 2.0]], np.array(["x"])])

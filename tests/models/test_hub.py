@@ -9,7 +9,7 @@ import torch
 
 from normfree import create_model, from_pretrained
 from normfree.models import NFRegNet, NFResNet
-from tests.helpers import shaken
+from tests.helpers import assert_equal, assert_same_state, shaken
 
 NETWORKS = {
     "nf_resnet26": {"width": 0.5, "activation": "silu", "se_ratio": 0.25},
@@ -23,20 +23,17 @@ NETWORKS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_round_trip(name, dtype, tmp_path):
+def test_a_saved_network_is_the_same_when_it_is_loaded(name, dtype, tmp_path):
     model = create_model(name, num_classes=5, dtype=torch.float64, **NETWORKS[name])
     model = shaken(model).to(dtype)
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
     assert type(again) is type(model)
     assert dataclasses.asdict(again.config) == dataclasses.asdict(model.config)
-    assert again.state_dict().keys() == model.state_dict().keys()
-    for key, value in model.state_dict().items():
-        assert again.state_dict()[key].dtype == value.dtype, key
-        assert torch.equal(again.state_dict()[key], value), key
+    assert_same_state(again.state_dict(), model.state_dict())
     x = torch.randn(2, 3, 40, 40, dtype=dtype)
     assert not again.training
-    assert torch.equal(again(x), model(x))
+    assert_equal(again(x), model(x), "logits")
 
 
 def test_a_new_classifier_is_kept(tmp_path):
@@ -46,7 +43,7 @@ def test_a_new_classifier_is_kept(tmp_path):
     assert NFResNet.from_pretrained(tmp_path).get_classifier().out_features == 3
 
 
-def test_what_is_no_network_of_ours(tmp_path):
+def test_a_folder_of_no_network_of_ours_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         from_pretrained(tmp_path)
     for content in ('{"family": "BertModel"}', "[]", "{}"):
@@ -58,7 +55,7 @@ def test_what_is_no_network_of_ours(tmp_path):
         NFRegNet.from_pretrained(tmp_path)
 
 
-def test_a_file_with_something_missing(tmp_path):
+def test_a_file_without_all_parameters_is_refused_with_their_names(tmp_path):
     create_model("nf_resnet26", width=0.25).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"depths": [3, 2, 2, 2]}))

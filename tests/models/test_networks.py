@@ -1,3 +1,5 @@
+"""Networks of the paper: structure, counts and costs as the authors' have them, arguments, and images of any size."""
+
 import dataclasses
 import re
 
@@ -8,7 +10,7 @@ from torch import nn
 from normfree import create_model, list_models
 from normfree.models.cost import cost
 from normfree.nn import ScaledWSConv2d
-from tests.helpers import assert_close, reference_json, shaken
+from tests.helpers import assert_close, assert_equal, reference_json, shaken
 
 ZOO = reference_json("zoo_reference.json")
 OURS = {
@@ -50,15 +52,21 @@ def test_counts_and_structure_equal_the_reference(entry, name, arguments):
             assert getattr(model.config, field.replace("imsize", "size")) == expected[field], field
 
 
-@pytest.mark.parametrize(("entry", "name", "arguments"), list(zoo_entries()))
-def test_multiply_accumulates_equal_the_reference(entry, name, arguments):
-    for size, expected in ZOO[entry].get("macs_traced_by_imsize", {}).items():
-        counted = cost(name, size=int(size), **arguments)
-        assert counted.macs == expected, f"{entry} at {size}: {counted.macs}, expected {expected}"
-        assert counted.parameters == ZOO[entry]["params"]
+TRACED = [
+    pytest.param(name, int(size), arguments, macs, ZOO[entry]["params"], id=f"{entry} at {size}")
+    for entry, name, arguments in zoo_entries()
+    for size, macs in ZOO[entry].get("macs_traced_by_imsize", {}).items()
+]
+"""Networks whose multiply-accumulates the reference has counted, at one size of images or more."""
 
 
-def test_every_network_is_there_in_every_form():
+@pytest.mark.parametrize(("name", "size", "arguments", "macs", "parameters"), TRACED)
+def test_multiply_accumulates_equal_the_reference(name, size, arguments, macs, parameters):
+    counted = cost(name, size=size, **arguments)
+    assert (counted.macs, counted.parameters) == (macs, parameters)
+
+
+def test_the_list_has_every_network_in_every_form():
     depths = (26, 50, 101, 152, 200, 288, 600)
     forms = ("nf_resnet{}", "nf_resnet{}_unstandardized", "bn_resnet{}", "bn_resnet{}_relu_bn")
     forms += ("bn_resnet{}_postact", "unnormalized_resnet{}", "skipinit_resnet{}", "fixup_resnet{}")
@@ -68,7 +76,7 @@ def test_every_network_is_there_in_every_form():
     assert sorted(list_models()) == sorted(names)
 
 
-def test_weight_decay_of_the_regnets():
+def test_weight_decay_of_the_regnets_grows_with_their_level():
     for level in range(9):
         with torch.device("meta"):
             model = create_model(f"nf_regnet_b{level}")
@@ -97,9 +105,11 @@ def test_betas_equal_the_reference():
 )
 @pytest.mark.parametrize("padding", ["same", "symmetric"])
 @pytest.mark.parametrize("size", [(57, 57), (64, 96), (33, 34), (1, 1)])
-def test_any_height_and_width(name, padding, size):
+def test_images_of_any_height_and_width_have_logits(name, padding, size):
     model = create_model(name, width=0.25, num_classes=7, padding=padding).eval()
-    assert model(torch.randn(2, 3, *size)).shape == (2, 7)
+    logits = model(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 7)
+    assert bool(logits.isfinite().all()), logits
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu_tanh", "selu"])
@@ -129,12 +139,12 @@ def test_no_example_sees_another_in_any_family(name, arguments):
     assert_close(model(x).detach(), alone.detach(), 1e-12)
 
 
-def test_starts_as_its_shortcuts():
-    """With SkipInit gains 0 the branches add nothing."""
+def test_a_new_block_is_its_shortcut():
+    """With SkipInit gains 0 the branch adds nothing."""
     model = create_model("nf_resnet26", width=0.25).eval()
     block = model.stages[0][1]
     x = torch.randn(2, 16, 8, 8)
-    assert torch.equal(block(x), x)
+    assert_equal(block(x), x)
 
 
 def test_arguments_reach_the_network():
@@ -152,7 +162,7 @@ def test_arguments_reach_the_network():
 def test_ablations_change_what_they_say():
     scaled = create_model("nf_resnet26_unstandardized", width=0.5)
     convolutions = [m for m in scaled.modules() if isinstance(m, ScaledWSConv2d)]
-    assert not any(conv.standardize for conv in convolutions)
+    assert {conv.standardize for conv in convolutions} == {False}
     assert scaled.stages[0][1].conv[0].in_scale.item() == pytest.approx(1.04**-0.5)  # β kept, γ = 1
     assert scaled.stages[0][1].conv[2].out_scale.item() == pytest.approx(0.2)  # α kept
     bare = create_model("unnormalized_resnet26", width=0.5)
@@ -160,7 +170,7 @@ def test_ablations_change_what_they_say():
     assert not any("Norm" in kind.__name__ or kind is ScaledWSConv2d for kind in kinds)
 
 
-def test_order_of_operations():
+def test_relu_and_batch_norm_stand_in_the_order_of_the_name():
     for name, kinds in (("bn_resnet26", [nn.BatchNorm2d, nn.ReLU]), ("bn_resnet26_relu_bn", [nn.ReLU, nn.BatchNorm2d])):
         model = create_model(name, width=0.25)
         assert [type(m) for m in model.stages[0][0].pre[0]] == kinds
@@ -168,7 +178,7 @@ def test_order_of_operations():
 
 
 @pytest.mark.parametrize("init", ["he", "reference"])
-def test_initialisation_of_the_batch_norm_networks(init):
+def test_new_weights_of_batch_norm_networks_have_the_variance_that_init_says(init):
     torch.manual_seed(0)
     model = create_model("bn_resnet26", width=2, init=init)
     weight = model.stages[3][1].conv[1].weight

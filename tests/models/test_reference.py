@@ -26,7 +26,7 @@ WITH_GRADIENTS = [case for case in CASES if (FIXTURES / f"grads_{case}.npz").exi
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_features(case, dtype):
+def test_logits_and_features_are_the_authors(case, dtype):
     name, arguments = CASES[case]
     model, x = reference_network(case, name, dtype, **arguments)
     expected = reference_arrays(f"forward_{case}.npz")
@@ -36,7 +36,7 @@ def test_logits_and_features(case, dtype):
     assert_close(model.forward_head(features).detach(), expected["f64/logits"], tolerance, "logits")
 
 
-def test_batch_norm_in_eval_mode():
+def test_batch_norm_in_eval_mode_uses_the_authors_averages():
     case = "resnet50_bn_preact_w1_64"
     arrays = reference_arrays(f"forward_{case}.npz")
     model, x = reference_network(case, "bn_resnet50", torch.float32)
@@ -47,13 +47,15 @@ def test_batch_norm_in_eval_mode():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_signal_metrics(case):
+def test_the_signal_is_the_authors(case):
     name, arguments = CASES[case]
     model, x = reference_network(case, name, torch.float64, **arguments)
     expected = reference_arrays(f"forward_{case}.npz")
     # The authors look at a block's output: at the join, but where an activation follows it.
     outputs = block_statistics(model, x) if name.startswith("fixup") else None
-    for k, record in enumerate(characterize(model, x, open_branches=False)):
+    report = characterize(model, x, open_branches=False)
+    assert len(report) == sum(key.startswith("f64/res_avg_var_") for key in expected)
+    for k, record in enumerate(report):
         output = record if outputs is None else outputs[k]
         for value, key in (
             (output.squared_mean, f"avg_sq_mean_{k + 1}"),
@@ -65,7 +67,7 @@ def test_signal_metrics(case):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", WITH_GRADIENTS)
-def test_gradients(case, dtype):
+def test_gradients_are_the_authors(case, dtype):
     """Float64: to 1e-6 of each tensor's largest; float32: to 1e-5 of the network's largest.
 
     With BatchNorm over two small images one ReLU of the float32 run has another sign than in float64, which alone
@@ -79,7 +81,7 @@ def test_gradients(case, dtype):
             relu.register_forward_hook(lambda module, inputs, output: signs.append(output > 0))
         exact(x)
     model, x = reference_network(case, name, dtype, **arguments)
-    for relu, sign in zip(_relus(model), signs, strict=False):
+    for relu, sign in zip(_relus(model) if signs else [], signs, strict=True):
         relu.register_forward_hook(lambda module, inputs, output, sign=sign: inputs[0] * sign)
     expected = reference_arrays(f"grads_{case}.npz")
     meta = json.loads(str(expected["meta"]))

@@ -1,4 +1,4 @@
-"""Files that numpy would unpickle."""
+"""Files that numpy would unpickle: read without running anything."""
 
 import collections
 import io
@@ -35,26 +35,32 @@ def write(path, form, params, protocol=4):
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("ordered", [False, True])
-def test_pickles_of_every_protocol(protocol, ordered, tmp_path):
+def test_pickles_of_every_protocol_are_read(protocol, ordered, tmp_path):
     params = collections.OrderedDict(PARAMS) if ordered else PARAMS
     equal(read_arrays(write(tmp_path / "f.npz", "pickle", params, protocol)))
 
 
 @pytest.mark.parametrize("form", ["npy", "npz"])
-def test_object_arrays(form, tmp_path):
+def test_object_arrays_are_read(form, tmp_path):
     equal(read_arrays(write(tmp_path / "f.npz", form, PARAMS)))
 
 
-def test_plain_arrays(tmp_path):
+def test_plain_arrays_are_read(tmp_path):
     arrays = read_arrays(write(tmp_path / "f.npz", "flat npz", PARAMS))
-    assert np.array_equal(arrays["NFNet/~/stem_conv0//w"], PARAMS["NFNet/~/stem_conv0"]["w"])
+    nested = {module: {} for module in PARAMS}
+    for key, value in arrays.items():
+        module, name = key.split("//")
+        nested[module][name] = value
+    equal(nested)
 
 
 def equal(arrays):
     assert arrays.keys() == PARAMS.keys()
     for module, inner in PARAMS.items():
+        assert arrays[module].keys() == inner.keys()
         for name, value in inner.items():
-            assert np.array_equal(arrays[module][name], value), f"{module}//{name}"
+            found = arrays[module][name]
+            assert np.array_equal(found, value), f"{module}//{name} is {found}, shape {np.shape(found)}, not {value}"
 
 
 class Runs:
@@ -94,7 +100,7 @@ def test_arrays_are_not_called_by_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["pickle", "npy", "npz", "flat npz"])
-def test_damaged_files(form, tmp_path):
+def test_damaged_files_are_an_error(form, tmp_path):
     whole = write(tmp_path / "f.npz", form, PARAMS).read_bytes()
     for length in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "short").write_bytes(whole[:length])
@@ -102,7 +108,7 @@ def test_damaged_files(form, tmp_path):
             read_arrays(tmp_path / "short")
 
 
-def test_no_mapping_and_no_file(tmp_path):
+def test_no_mapping_and_no_file_are_an_error(tmp_path):
     np.save(tmp_path / "a.npy", np.ones(3))
     with pytest.raises(ValueError, match="ndarray; it must be a mapping"):
         read_arrays(tmp_path / "a.npy")
@@ -117,3 +123,4 @@ def test_objects_inside_an_archive_are_read_by_the_same_reader(tmp_path):
         archive.writestr("w.npy", stream.getvalue())
     with pytest.raises(ValueError, match="system"):
         read_arrays(tmp_path / "f.npz")
+    assert not WITNESS.exists()

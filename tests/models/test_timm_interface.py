@@ -1,4 +1,4 @@
-"""Our networks as users of timm expect them."""
+"""Networks of ours as users of timm expect them."""
 
 import subprocess
 import sys
@@ -6,10 +6,11 @@ import sys
 import pytest
 import timm
 import torch
+from timm.models.nfnet import model_cfgs
 from torch import nn
 
-from normfree import create_model, list_models
-from tests.helpers import assert_close
+from normfree import create_model, list_models, register_with_timm
+from tests.helpers import assert_close, assert_equal
 
 FAMILIES = {
     "nf_resnet26": {"width": 0.5},
@@ -20,6 +21,10 @@ FAMILIES = {
     "skipinit_resnet26": {"width": 0.5},
     "fixup_resnet26": {"width": 0.5},
 }
+
+
+if not timm.is_model("normfree_nf_resnet26"):  # another file has imported normfree before timm
+    register_with_timm()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -42,20 +47,20 @@ def test_some_features_need_only_a_part():
     final, features = whole.forward_intermediates(x, indices=[1, -3])
     assert_close(final.detach(), whole.forward_features(x).detach(), 1e-6)
     for ours, theirs in zip(backbone(x), features, strict=True):
-        assert torch.equal(ours, theirs)
+        assert_equal(ours, theirs)
     stem = timm.create_model("normfree_nf_resnet26", features_only=True, out_indices=(0,), width=0.5)
     assert len(stem.model.stages) == 0
     assert stem(x)[0].shape == (2, 8, 32, 32)
 
 
 @pytest.mark.parametrize("indices", [[5], [-6], [], 0, 6])
-def test_features_that_do_not_exist(indices):
+def test_features_that_do_not_exist_are_refused(indices):
     with pytest.raises(ValueError, match="there are 5 features"):
         create_model("nf_resnet26", width=0.25).forward_intermediates(torch.randn(1, 3, 32, 32), indices)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_new_classifier(name):
+def test_a_new_classifier_has_its_classes_and_none_gives_what_is_pooled(name):
     model = create_model(name, num_classes=10, dtype=torch.float64, **FAMILIES[name]).eval()
     x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     assert model.get_classifier().out_features == 10
@@ -66,7 +71,7 @@ def test_a_new_classifier(name):
     assert model(x).dtype == torch.float64
     assert model.num_classes == model.config.num_classes == 7
     model.reset_classifier(0)
-    assert torch.equal(model(x) if model.head.bias is None else model(x) - model.head.bias.bias, pooled)
+    assert_equal(model(x) if model.head.bias is None else model(x) - model.head.bias.bias, pooled)
     model.reset_classifier(0, "")
     assert model(x).shape == (2, model.num_features, 2, 2)
     model.reset_classifier(5, "avg")
@@ -74,7 +79,7 @@ def test_a_new_classifier(name):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [((3, "max"), "global_pool is 'max'"), ((3, ""), "must be 0")])
-def test_a_classifier_that_cannot_be(arguments, words):
+def test_a_classifier_that_cannot_be_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         create_model("nf_resnet26", width=0.25).reset_classifier(*arguments)
 
@@ -103,13 +108,12 @@ def test_default_cfg_is_the_variant_s():
 
 
 def test_every_network_is_registered_and_none_of_timm_s_is_lost():
-    names = timm.list_models()
-    assert {f"normfree_{name}" for name in list_models()} <= set(names)
-    assert "nf_resnet50" in names
+    assert set(timm.list_models("normfree_*")) == {f"normfree_{name}" for name in list_models()}
+    assert model_cfgs.keys() <= set(timm.list_models())
     assert type(timm.create_model("nf_resnet26", num_classes=0)).__module__ == "timm.models.nfnet"
 
 
-def test_timm_s_arguments():
+def test_timm_s_arguments_reach_the_network():
     model = timm.create_model(
         "normfree_nf_resnet26",
         num_classes=4,
@@ -126,9 +130,21 @@ def test_timm_s_arguments():
 
 
 @pytest.mark.parametrize(
-    "first", ["import normfree, timm", "import timm, normfree", "import normfree, timm.layers, timm"]
+    ("code", "registered"),
+    [
+        ("import timm, normfree", True),
+        ("import normfree, timm", False),
+        ("import normfree, timm; normfree.register_with_timm()", True),
+        ("import timm, normfree; normfree.register_with_timm()", True),  # once more, without a warning
+    ],
 )
-def test_whichever_is_imported_first(first):
-    code = f"{first}; print(len(timm.list_models('normfree_*')), timm.is_model('normfree_nf_resnet50'))"
+def test_networks_are_registered_where_timm_was_imported_before_and_when_asked(code, registered):
+    code += "; print(len(timm.list_models('normfree_*')), timm.is_model('normfree_nf_resnet50'))"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == [str(len(list_models())), "True"], done.stderr
+    assert done.stdout.split() == [str(len(list_models()) if registered else 0), str(registered)], done.stderr
+
+
+def test_without_timm_nothing_can_be_registered(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    with pytest.raises(ImportError, match="timm"):
+        register_with_timm()

@@ -1,4 +1,4 @@
-"""timm's normalizer-free networks on our layers: the same function."""
+"""Networks of timm's without normalizers, on our layers: the same function."""
 
 import copy
 import gc
@@ -12,7 +12,7 @@ from torch import nn
 from normfree import characterize, fold, from_timm
 from normfree.benchmarks.measure import kept_bytes
 from normfree.nn import PreActivationBlock, ScaledWSConv2d
-from tests.helpers import assert_close, shaken
+from tests.helpers import assert_close, assert_gradients, assert_same_state, shaken
 
 MOST_PARAMETERS = 150e6  # of which there are three copies at a time
 
@@ -48,14 +48,14 @@ def same_logits(model, size, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name", SMALL_ENOUGH)
-def test_all_of_timm_s_networks(name):
+def test_every_network_of_timm_s_has_the_same_logits(name):
     gc.collect()
     same_logits(timm.create_model(name, num_classes=10), (70, 57))
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)
 @pytest.mark.parametrize("size", [(64, 64), (75, 90)])
-def test_what_their_configurations_vary(variation, size):
+def test_whatever_their_configurations_vary_the_logits_are_the_same(variation, size):
     name, arguments = VARIATIONS[variation]
     same_logits(timm.create_model(name, **{"num_classes": 10} | arguments), size)
 
@@ -69,7 +69,7 @@ def test_what_their_configurations_vary(variation, size):
         ("eca_nfnet_l0", {"width_factor": 0.5, "group_size": 16}),
     ],
 )
-def test_training_mode(name, arguments):
+def test_in_training_logits_and_gradients_are_the_same(name, arguments):
     """Stochastic depth and dropout draw the same numbers."""
     theirs = shaken(timm.create_model(name, num_classes=10, drop_path_rate=0.3, drop_rate=0.2, **arguments)).double()
     theirs.train()
@@ -111,7 +111,7 @@ def _without_copies(model):
 def test_the_paper_s_form_trains():
     model = from_timm(timm.create_model("nf_resnet26", skipinit=True, gamma_in_act=True))
     model(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert_gradients(model)
 
 
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "eca_nfnet_l0"])
@@ -120,7 +120,8 @@ def test_activations_are_recomputed(name):
     x = torch.randn(4, 3, 96, 96)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         separate = kept_bytes(model, x)
-    assert kept_bytes(model, x) <= 0.65 * separate
+    kept = kept_bytes(model, x)
+    assert kept <= 0.65 * separate, f"{name} keeps {kept / separate:.3f}"
 
 
 def test_it_is_still_timm_s_network():
@@ -137,10 +138,10 @@ def test_it_is_still_timm_s_network():
     assert_close(fold(ours)(x).detach(), theirs(x).detach(), 1e-5)
     ours.reset_classifier(3)
     assert ours(x).shape == (2, 3)
-    assert all(torch.equal(before[key], value) for key, value in theirs.state_dict().items())
+    assert_same_state(theirs.state_dict(), before)
 
 
-def test_its_signal_is_characterized():
+def test_its_signal_is_that_of_timm_s():
     model, x = timm.create_model("nf_seresnet26", attn_gain=3.0), torch.randn(2, 3, 64, 64)
     theirs, ours = characterize(model, x), characterize(from_timm(model), x)
     for one, other in zip(theirs, ours, strict=True):
@@ -150,7 +151,7 @@ def test_its_signal_is_characterized():
     assert ours[1].expected_variance == pytest.approx(1.08)
 
 
-def test_what_is_not_supported_is_named():
+def test_networks_that_are_not_supported_are_refused_and_named():
     with pytest.raises(ValueError, match=r"timm\.models\.resnet\.ResNet"):
         from_timm(timm.create_model("resnet18"))
     with pytest.raises(ValueError, match="CbamModule"):
@@ -163,7 +164,7 @@ def test_what_is_not_supported_is_named():
         from_timm(model)
 
 
-def test_half_precision_and_scales():
+def test_in_half_precision_scales_stay_exact():
     ours = from_timm(timm.create_model("nf_resnet26", width_factor=0.25).bfloat16())
     convolutions = [m for m in ours.modules() if isinstance(m, ScaledWSConv2d)]
     assert {c.weight.dtype for c in convolutions} == {torch.bfloat16}

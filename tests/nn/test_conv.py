@@ -1,3 +1,5 @@
+"""Convolutions with scaled standardized weights: the authors' values, torch's interface, exact scales."""
+
 import copy
 import json
 
@@ -12,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, create_model
 from normfree.nn import MaxPool2d
-from tests.helpers import assert_close, reference_arrays
+from tests.helpers import SEEDS, assert_close, assert_equal, reference_arrays
 
 UNITS = reference_arrays("units_f64.npz")
 CASES = sorted({key.split("/")[1] for key in UNITS if key.startswith("wsconv/")})
@@ -68,8 +70,10 @@ def test_is_torch_s_convolution_with_the_effective_weight(n, padding_mode, paddi
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     dilation=st.integers(1, 2),
+    seed=SEEDS,
 )
-def test_same_padding_is_tensorflow_s(size, kernel, stride, dilation):
+def test_same_padding_is_tensorflow_s(size, kernel, stride, dilation, seed):
+    torch.manual_seed(seed)
     conv = ScaledWSConv2d(2, 3, kernel, stride, "same", dilation, dtype=torch.float64)
     x = torch.randn(1, 2, *size, dtype=torch.float64)
     pads = []
@@ -82,7 +86,7 @@ def test_same_padding_is_tensorflow_s(size, kernel, stride, dilation):
     assert_close(conv(x).detach(), expected.detach(), 1e-12)
 
 
-def test_scales_are_the_function_s():
+def test_in_scale_multiplies_the_input_and_the_others_the_output():
     """conv(x; in, out, skip) = out · skip · (standardized conv(in · x, W) · gain + bias)."""
     torch.manual_seed(0)
     conv = ScaledWSConv2d(3, 5, 3, padding=1, in_scale=1.3, out_scale=0.2, skip_gain=0.7, dtype=torch.float64)
@@ -103,7 +107,8 @@ def test_without_standardization_the_filters_are_left_alone():
     assert_close(conv.effective_parameters()[0].detach(), 2 * conv.weight.detach(), 1e-6)
 
 
-def test_initialisation():
+def test_new_weights_have_variance_1_over_fan_in_and_gains_are_1():
+    """Without standardization 2 over fan-in (He)."""
     torch.manual_seed(0)
     for standardize, variance in ((True, 1), (False, 2)):
         conv = ScaledWSConv2d(64, 256, 3, standardize=standardize, skip_gain=0.0)
@@ -118,25 +123,14 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes_keep_exact_scales(dtype):
+def test_the_output_has_the_dtype_of_the_layer_and_its_input(dtype):
     conv = ScaledWSConv2d(3, 4, 3, in_scale=1.7128585, out_scale=0.2).to(dtype)
     assert conv(torch.randn(1, 3, 8, 8, dtype=dtype)).dtype == dtype
-    assert abs(conv.in_scale.item() - 1.7128585) < 1e-6, f"in_scale={conv.in_scale.item()}"
-    exact = ScaledWSConv2d(3, 4, 3, in_scale=0.1, dtype=torch.float64)
-    assert exact.in_scale.item() == 0.1
-    assert ScaledWSConv2d(3, 4, 3, dtype=torch.bfloat16).in_scale.dtype == torch.float32
+    network = create_model("nf_resnet26", width=0.25, se_ratio=0.25).to(dtype).eval()
+    assert network(torch.randn(1, 3, 32, 32, dtype=dtype)).dtype == dtype
 
 
-def test_whole_networks_keep_exact_scales_in_half_precision():
-    exact = create_model("nf_resnet26", width=0.25, se_ratio=0.25)
-    half = create_model("nf_resnet26", width=0.25, se_ratio=0.25).bfloat16()
-    for (name, expected), actual in zip(exact.named_buffers(), half.buffers(), strict=True):
-        assert actual.dtype == torch.float32, name
-        assert torch.equal(actual, expected), name
-    assert half.eval()(torch.randn(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
-
-
-def test_autocast():
+def test_under_autocast_outputs_are_rounded_and_gradients_are_not():
     conv = ScaledWSConv2d(3, 4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(torch.randn(1, 3, 8, 8))
@@ -188,7 +182,7 @@ def test_saves_one_activation_and_the_weights():
     x = torch.randn(2, 16, 32, 32)
     conv, plain = ScaledWSConv2d(16, 16, 3, skip_gain=1.0), nn.Conv2d(16, 16, 3)
     extra = saved(conv, x) - saved(plain, x)
-    assert extra <= plain.weight.nbytes + 64 * 16 * 4, f"{extra} bytes"
+    assert 0 < extra <= plain.weight.nbytes + 64 * 16 * 4, f"{extra} bytes"
 
 
 def network():
@@ -198,7 +192,7 @@ def network():
     ).double()
 
 
-def test_compile_and_export():
+def test_compiled_and_exported_it_computes_the_same():
     net, x = network(), torch.randn(2, 3, 9, 8, dtype=torch.float64)
     expected = net(x)
     expected.sum().backward()
@@ -214,7 +208,7 @@ def test_compile_and_export():
 
 
 @pytest.mark.parametrize("size", [(15, 17), (16, 16), (33, 20)])
-def test_export_of_any_image_size(size):
+def test_exported_it_takes_images_of_other_sizes(size):
     dynamic = {2: torch.export.Dim("height", min=8), 3: torch.export.Dim("width", min=8)}
     net = nn.Sequential(network(), MaxPool2d())
     example = torch.randn(2, 3, 24, 30, dtype=torch.float64)
@@ -223,8 +217,7 @@ def test_export_of_any_image_size(size):
     assert_close(exported(x).detach(), net(x).detach(), 1e-12)
 
 
-def test_meta_initialisation():
-    """Built without memory, given it, and reset: the scales are there again."""
+def test_a_network_built_without_memory_is_a_new_one_once_it_is_reset():
     arguments = {"width": 0.25, "se_ratio": 0.25, "skip_gain": 0.5}
     with torch.device("meta"):
         model = create_model("nf_resnet26", **arguments)
@@ -235,7 +228,7 @@ def test_meta_initialisation():
     expected = create_model("nf_resnet26", **arguments)
     for (name, actual), reference in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         if "weight" not in name and "fc" not in name:  # linear layers are torch's, which resets them its own way
-            assert torch.equal(actual, reference), name
+            assert_equal(actual, reference, name)
     assert bool(torch.isfinite(model.eval()(torch.randn(1, 3, 32, 32))).all())
 
 
@@ -252,15 +245,15 @@ def test_per_sample_gradients_equal_a_loop():
         assert_close(gradients.detach(), torch.stack([g[name] for g in apart]).detach(), 1e-10, name)
 
 
-def test_round_trips(tmp_path):
+def test_copies_and_files_hold_the_same_function(tmp_path):
     conv = ScaledWSConv2d(3, 8, 3, in_scale=1.7, out_scale=0.2, skip_gain=0.5)
     twin = copy.deepcopy(conv)
     x = torch.randn(1, 3, 8, 8)
-    assert torch.equal(twin(x), conv(x))
+    assert_equal(twin(x), conv(x))
     save_file(conv.state_dict(), tmp_path / "conv.safetensors")
     fresh = ScaledWSConv2d(3, 8, 3, skip_gain=0.0)
     fresh.load_state_dict(load_file(tmp_path / "conv.safetensors"))
-    assert torch.equal(fresh(x), conv(x))
+    assert_equal(fresh(x), conv(x))
 
 
 def test_errors_name_the_argument():
@@ -275,13 +268,3 @@ def test_is_a_convolution_of_torch():
         conv = CLASSES[n](2, 2, 3)
         assert isinstance(conv, base)
         assert conv.weight.shape == base(2, 2, 3).weight.shape
-
-
-def test_scales_of_a_converted_layer_have_all_their_digits():
-    conv = ScaledWSConv2d(3, 4, 1, in_scale=1 / 3, out_scale=0.2)
-    conv.out_scale.fill_(0.7)  # set by someone: nobody knows its further digits
-    conv.double()
-    assert conv.in_scale.item() == 1 / 3
-    assert conv.out_scale.item() == torch.tensor(0.7).item()
-    assert conv.to(torch.bfloat16).in_scale.dtype == torch.float32
-    assert ScaledWSConv2d(3, 4, 1, in_scale=1 / 3, device="meta").double().in_scale.is_meta

@@ -1,6 +1,7 @@
-"""The fused kernels give what torch's operations give; without a GPU Triton interprets them."""
+"""Fused kernels give what torch's operations give; without a GPU Triton interprets them."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from normfree import characterize, create_model
 from normfree.nn import ScaledWSConv2d, ScaledWSLinear
 from normfree.nn.scaled_layer import ScaledWS
+from tests.helpers import assert_allclose
 
 pytest.importorskip("triton")
 
@@ -24,13 +26,13 @@ needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in 
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="they run here themselves")
-def test_interpreted():
+def test_they_pass_these_tests_in_a_process_that_interprets_triton():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout
-    assert "passed" in done.stdout
+    assert re.search(r"\d+ passed, 3 skipped", done.stdout), done.stdout  # this one, the next, and that for GPUs
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="Triton works here")
@@ -80,12 +82,14 @@ def test_values_and_gradients_are_those_of_the_formula(make, dtype):
     assert found[0].dtype == dtype
     assert found[0].stride() == layer.weight.stride()
     for one, other in zip(found, expected, strict=True):
-        assert one is other is None or torch.allclose(one.double(), other, rtol=tolerance, atol=tolerance)
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_allclose(one.double(), other, rtol=tolerance, atol=tolerance)
     parameters = dict(exact.named_parameters())
     for name, parameter in layer.named_parameters():
         largest = parameters[name].grad.abs().max().item()
         difference = (parameter.grad.double() - parameters[name].grad).abs().max().item()
-        assert difference <= tolerance * max(largest, 1), name
+        assert difference <= tolerance * max(largest, 1), f"{name}: {difference}, largest {largest}, {parameter.shape}"
 
 
 @needs_kernels
@@ -180,7 +184,8 @@ def test_a_network_that_is_measured_and_checkpointed_at_once(monkeypatch):
     model = create_model("nf_resnet26", width=0.125, num_classes=3).to(DEVICE)
     model.set_grad_checkpointing()
     report = characterize(model, torch.randn(2, 3, 32, 32, device=DEVICE), backward=True)
-    assert all(record.gradient_variance > 0 for record in report)
+    assert len(report) == 8
+    assert min(record.gradient_variance for record in report) > 0
 
 
 @pytest.mark.gpu

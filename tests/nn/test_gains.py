@@ -1,3 +1,5 @@
+"""Gains of activations: exact, the authors' constants, and functions that have none."""
+
 import math
 
 import pytest
@@ -32,21 +34,21 @@ def test_equals_the_exact_gain(name):
     assert abs(value / exact - 1) <= limit, f"{name}: gain={value!r}, expected {exact!r}"
 
 
-def test_closed_forms():
+def test_gains_that_have_a_closed_form_equal_it():
     assert gain(torch.exp) == pytest.approx((math.e**2 - math.e) ** -0.5, rel=1e-12)
     third = 0.5 * (1 - math.erf(1 / 3 / math.sqrt(2)))
     assert gain(lambda x: (x > 1 / 3).to(x)) == pytest.approx((third * (1 - third)) ** -0.5, rel=1e-8)
 
 
 @pytest.mark.parametrize(("name", "constant"), reference_json("gamma_reference.json")["reference_only"].items())
-def test_reference_constants(name, constant):
+def test_reference_gains_are_the_authors_constants(name, constant):
     assert gain(name, source="reference") == constant
 
 
 @pytest.mark.parametrize(
     ("activation", "name"), [(F.relu, "relu"), (nn.SiLU(), "silu"), (nn.LogSigmoid(), "log_sigmoid")]
 )
-def test_reference_constants_of_functions_and_modules(activation, name):
+def test_functions_and_modules_have_the_reference_gain_of_their_name(activation, name):
     assert gain(activation, source="reference") == gain(name, source="reference")
 
 
@@ -81,12 +83,12 @@ def test_refuses_a_reference_gain_that_is_another_function_s():
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), lambda x: x.tanh_()])
-def test_activations_in_place(activation):
+def test_activations_in_place_have_the_gain_of_the_others(activation):
     name = {"ReLU": "relu", "SiLU": "silu"}.get(type(activation).__name__, "tanh")
     assert gain(activation) == pytest.approx(gain(name), rel=1e-12)
 
 
-def test_functions_that_return_truth_values():
+def test_functions_that_return_truth_values_have_a_gain():
     assert gain(lambda x: x > 0) == pytest.approx(2, rel=1e-10)
 
 

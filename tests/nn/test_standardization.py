@@ -1,3 +1,5 @@
+"""Standardization of weights against its formula, with its derivatives."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from normfree.nn import standardize
-from tests.helpers import assert_close
+from tests.helpers import SEEDS, assert_close, assert_equal, seeded
 
 
 def formula(weight, scale, eps=1e-4):
@@ -50,7 +52,7 @@ def test_channels_last_weights_stay_so(eps):
     assert_close(out.detach(), standardize(weight, scale, eps), 1e-12)
 
 
-def test_gradcheck():
+def test_gradients_are_those_of_finite_differences():
     weight, scale = weights()
     assert torch.autograd.gradcheck(standardize, (weight[:3].requires_grad_(), scale[:3].requires_grad_()))
 
@@ -63,23 +65,25 @@ def test_gradcheck():
     spread=st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 1e3]),
     mean=st.sampled_from([0.0, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=SEEDS,
 )
-def test_any_shape_and_scale(filters, channels, kernel, spread, mean, dtype):
-    weight = (mean + spread * torch.randn(filters, channels, *kernel, dtype=dtype)).requires_grad_()
+def test_values_are_those_of_the_formula_for_any_shape_and_scale(filters, channels, kernel, spread, mean, dtype, seed):
+    noise = torch.randn(filters, channels, *kernel, dtype=dtype, generator=seeded(seed))
+    weight = (mean + spread * noise).requires_grad_()
     out = standardize(weight, torch.ones(filters, dtype=dtype))
     expected = formula(weight.double(), torch.ones(filters, dtype=torch.float64))
     # Float32 leaves 1e-7 · |W| of rounding in a constant filter, which the standardization enlarges by up to 1/√eps.
     tolerance = 1e-10 if dtype == torch.float64 else max(3e-4, 2e-5 * weight.detach().abs().max().item())
     assert_close(out.detach().double(), expected.detach(), tolerance)
     (gradient,) = torch.autograd.grad(out.square().sum(), weight)
-    assert bool(torch.isfinite(gradient).all())
+    assert bool(torch.isfinite(gradient).all()), f"{gradient}, shape {tuple(gradient.shape)}"
 
 
 def test_bfloat16_is_the_rounded_float32():
     weight, scale = (t.bfloat16() for t in weights(torch.float32))
     out = standardize(weight, scale)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, standardize(weight.float(), scale.float()).bfloat16())
+    assert_equal(out, standardize(weight.float(), scale.float()).bfloat16())
 
 
 def test_per_sample_gradients_equal_a_loop():
@@ -95,7 +99,7 @@ def test_per_sample_gradients_equal_a_loop():
         assert_close(together[i], torch.stack([gradients[i] for gradients in apart]), 1e-10, what)
 
 
-def test_vmap_over_weights():
+def test_mapped_over_weights_it_equals_a_loop():
     weight, scale = weights()
     stacked = torch.stack([weight, 2 * weight + 1])
     out = vmap(standardize, (0, None))(stacked, scale)

@@ -1,4 +1,4 @@
-"""What is measured, under which conditions, on which inputs."""
+"""Characterization: what is measured, under which conditions, on which inputs."""
 
 import copy
 import dataclasses
@@ -66,7 +66,7 @@ def test_one_tensor_given_twice_is_one_tensor():
     assert characterize(Twice(), (X, X), backward=True).kind == "join"
 
 
-def test_outputs_in_a_dataclass():
+def test_outputs_in_a_dataclass_have_gradients():
     @dataclasses.dataclass
     class Output:
         logits: torch.Tensor
@@ -82,7 +82,7 @@ def test_outputs_in_a_dataclass():
     assert characterize(Net(), X, backward=True)[0].gradient_variance > 0
 
 
-def test_every_kind_of_input():
+def test_every_kind_of_input_gives_the_same_report():
     model = residual_network()
     expected = characterize(model, X).to_dicts()
     loader = DataLoader(TensorDataset(X, torch.arange(4)), batch_size=4)
@@ -106,12 +106,12 @@ def test_noise_has_the_declared_size():
         (DataLoader(TensorDataset(X[:0])), ValueError, "DataLoader is empty"),
     ],
 )
-def test_inputs_that_cannot_be_used(inputs, error, words):
+def test_inputs_that_cannot_be_used_are_refused_and_named(inputs, error, words):
     with pytest.raises(error, match=words):
         characterize(residual_network(), inputs)
 
 
-def test_arguments_that_cannot_be_used():
+def test_arguments_that_cannot_be_used_are_refused_and_named():
     with pytest.raises(ValueError, match="seeds is 0"):
         characterize(residual_network(), seeds=0)
     with pytest.raises(TypeError, match="model is a int"):
@@ -156,7 +156,7 @@ def test_a_model_without_joins_gets_a_record_per_weight_layer():
     assert [record.shortcut for record in report] == ["none"] * 3
 
 
-def test_gradients():
+def test_gradients_are_those_by_hand_and_leave_none_behind():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), Residual(6), nn.Conv2d(6, 2, 1)).double().eval()
     x = X.double()
@@ -169,23 +169,23 @@ def test_gradients():
     assert report[0].gradient_variance == pytest.approx(gradient.var((0, 2, 3), correction=0).mean().item(), rel=1e-9)
     assert report[0].gradient_squared_mean == pytest.approx(gradient.mean((0, 2, 3)).square().mean().item(), rel=1e-9)
     assert report[0].gradient_residual_variance == pytest.approx(report[0].gradient_variance)
-    assert all(p.grad is None for p in model.parameters())
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == []
 
 
-def test_gradients_through_operations_in_place():
+def test_gradients_come_through_operations_in_place():
     report = characterize(torchvision.models.resnet18(), torch.randn(2, 3, 64, 64), backward=True)
     assert len(report) == 8
-    assert all(record.gradient_variance > 0 for record in report)
+    assert min(record.gradient_variance for record in report) > 0
 
 
-def test_gradient_of_a_scaled_branch():
+def test_the_gradient_of_a_branch_is_divided_by_its_scale():
     torch.manual_seed(0)
     block = create_model("nf_resnet26", width=0.5, skip_gain=0.5).stages[0][1]
     record = characterize(block, torch.randn(2, 32, 8, 8), backward=True)[0]
     assert record.gradient_residual_variance == pytest.approx(record.gradient_variance * 0.1**2, rel=1e-4)
 
 
-def test_inference_mode_autocast_and_compiled_models():
+def test_inference_mode_autocast_and_compilation_change_nothing():
     model = residual_network()
     expected = characterize(model, X)
     with torch.inference_mode():
@@ -208,7 +208,7 @@ def test_a_classifier_that_starts_at_zero_is_no_fault():
     assert not any("vanishes" in verdict and "neither" not in verdict for verdict in report.verdicts)
 
 
-def test_complex_numbers_on_the_way():
+def test_complex_numbers_on_the_way_hide_no_join():
     class Fourier(nn.Module):
         def __init__(self):
             super().__init__()
@@ -234,7 +234,7 @@ def test_backward_needs_an_output_with_a_gradient():
         characterize(Detached(), X, backward=True)
 
 
-def test_half_precision_models():
+def test_models_of_half_precision_have_the_variance_of_the_exact():
     model = residual_network().bfloat16()
     assert characterize(model, X.bfloat16())[1].variance == pytest.approx(
         characterize(residual_network(), X)[1].variance, rel=0.05
@@ -257,7 +257,7 @@ def test_detectors_ask_for_no_targets():
 
 
 @pytest.mark.gpu
-def test_cuda():
+def test_on_a_gpu_it_measures_what_it_does_on_a_cpu():
     model = residual_network().cuda()
     state = torch.cuda.get_rng_state()
     on_gpu, on_cpu = characterize(model, X), characterize(residual_network(), X)

@@ -1,4 +1,4 @@
-"""The report page in a real browser."""
+"""Report pages in a real browser."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Signal propagation at initialisation against the authors' own, block by block."""
+"""Signal propagation of new networks against the authors' own, block by block."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ ACTIVATED = ("ResNet50-BN-postact-w4", "ResNet288-BN-postact-w4", "FixUp_ResNet5
 
 
 @pytest.mark.parametrize("case", NETWORKS)
-def test_every_block(case):
+def test_every_block_has_the_authors_signal(case):
     name, arguments = NETWORKS[case]
     expected = reference_json("spp_reference.json")[case]
     shape = (expected["input_shape"][0], 3, *expected["input_shape"][1:3])

@@ -1,3 +1,5 @@
+"""Reports: their verdicts, limits, files and views."""
+
 import csv
 import dataclasses
 import json
@@ -81,7 +83,7 @@ def test_verdicts_on_the_paper_s_networks():
         assert any(expected in verdict for verdict in found), (name, found)
 
 
-def test_iterates_and_converts():
+def test_a_report_is_a_sequence_of_records_and_becomes_dicts():
     one = report(HEALTHY)
     assert len(one) == 3
     assert [record.name for record in one] == [one[0].name, one[1].name, one[2].name]
@@ -100,7 +102,7 @@ def test_merge_averages_and_keeps_the_samples():
         SignalReport.merge([a, report(HEALTHY)])
 
 
-def test_plain_text_and_rich_table():
+def test_text_and_table_show_shapes_opened_parameters_and_names_as_they_are():
     text = str(report(HEALTHY, opened=("a", "b", "c", "d")))
     assert "layer1.2  1      identity  2×8×4×4" in text
     assert "opened for the measurement (set to one): 4 parameters, a, b, c, …" in text
@@ -111,7 +113,7 @@ def test_plain_text_and_rich_table():
 
 
 @pytest.mark.parametrize("suffix", ["html", "png", "svg", "csv", "json"])
-def test_saves_every_format(tmp_path, suffix):
+def test_every_format_is_saved_as_what_it_is(tmp_path, suffix):
     path = report(HEALTHY).save(tmp_path / f"spp.{suffix}")
     content = path.read_bytes()
     if suffix == "png":
@@ -126,11 +128,11 @@ def test_saves_every_format(tmp_path, suffix):
         assert b"http" not in content.split(b"<body>")[0] or suffix == "svg"
 
 
-def test_several_reports_in_one_file(tmp_path):
+def test_several_reports_stand_in_one_file_in_their_order(tmp_path):
     reports = [report(HEALTHY, model="a"), report(HEALTHY, model="b")]
     assert [r["model"] for r in json.loads(compare(reports).save(tmp_path / "x.json").read_text())] == ["a", "b"]
     rows = list(csv.DictReader(compare(reports).save(tmp_path / "x.csv").read_text().splitlines()))
-    assert {row["model"] for row in rows} == {"a", "b"}
+    assert [row["model"] for row in rows] == ["a"] * 3 + ["b"] * 3
 
 
 def test_json_holds_no_infinity(tmp_path):
@@ -157,7 +159,7 @@ def test_names_in_a_figure_are_told_apart():
     assert all(f'"{name}"' in spec for name in ("m", "m (2)", "m (3)"))
 
 
-def test_errors_of_saving(tmp_path):
+def test_what_cannot_be_saved_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ValueError, match="suffix must be one of"):
         report(HEALTHY).save(tmp_path / "spp.pdf")
     with pytest.raises(OSError, match="No such file"):

@@ -1,4 +1,4 @@
-"""The model comes back as it was, whatever happens."""
+"""Models come back as they were, whatever happens."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from normfree import SignalError, characterize
-from tests.helpers import X, residual_network
+from tests.helpers import X, assert_equal, residual_network
 
 
 def snapshot(model):
@@ -14,7 +14,8 @@ def snapshot(model):
         "modes": {name: module.training for name, module in model.named_modules()},
         "tensors": {name: value.clone() for name, value in model.state_dict().items()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "grads": {name: p.grad for name, p in model.named_parameters()},
+        "grads": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "parameters": {name: id(p) for name, p in model.named_parameters()},
         "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
         "global hooks": (len(module_hooks._global_forward_hooks), len(module_hooks._global_forward_pre_hooks)),
         "buffers": [name for name, _ in model.named_buffers()],
@@ -26,14 +27,13 @@ def snapshot(model):
 
 def assert_unchanged(before, model):
     for key, value in snapshot(model).items():
-        if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()):
-            for name, tensor in value.items():
-                same = tensor is None or torch.equal(tensor, before[key][name])
-                assert same, f"{key}: {name} has changed"
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(value, before[key]), f"{key} has changed"
-        else:
-            assert value == before[key], f"{key} has changed"
+        after, earlier = (each if isinstance(each, dict) else {"": each} for each in (value, before[key]))
+        assert after.keys() == earlier.keys(), f"{key} has changed"
+        for name, found in after.items():
+            if isinstance(found, torch.Tensor) and isinstance(earlier[name], torch.Tensor):
+                assert_equal(found, earlier[name], f"{key}: {name}")
+            else:
+                assert found == earlier[name], f"{key}: {name} has changed"
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -42,15 +42,16 @@ def test_the_model_comes_back_as_it_was(backward, batch_stats):
     model = residual_network(gain=0.0)
     model[1].norm.eval()
     model[1].norm.weight.requires_grad_(False)
+    model[0](X).sum().backward()  # the first convolution alone has gradients
     x = X.clone()
     before = snapshot(model)
     characterize(model, x, backward=backward, batch_stats=batch_stats)
     assert_unchanged(before, model)
-    assert torch.equal(x, X)
+    assert_equal(x, X, "the input")
     assert not x.requires_grad
 
 
-def test_also_when_its_forward_raises():
+def test_the_model_comes_back_when_its_forward_raises():
     class Failing(nn.Module):
         def forward(self, x):
             raise RuntimeError("boom")
@@ -62,7 +63,7 @@ def test_also_when_its_forward_raises():
     assert_unchanged(before, model)
 
 
-def test_also_when_it_is_interrupted():
+def test_the_model_comes_back_when_it_is_interrupted():
     class Interrupted(nn.Module):
         def forward(self, x):
             raise KeyboardInterrupt
@@ -87,7 +88,7 @@ def test_inputs_that_a_model_overwrites_come_back():
     x = X.clone()
     for backward in (False, True):
         characterize(Overwrites(), x, backward=backward)
-        assert torch.equal(x, X)
+        assert_equal(x, X, "the input")
 
 
 def test_memory_does_not_grow_with_depth():

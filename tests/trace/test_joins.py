@@ -1,4 +1,4 @@
-"""The joins that are found, in networks small enough to see, and in other people's.
+"""Joins that are found, in networks small enough to see, and in other people's.
 
 The names in joins.json come from reading the networks' forward methods, not from the tool.
 """
@@ -28,14 +28,14 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", JOINS)
-def test_other_people_s_networks(name):
+def test_the_joins_of_other_people_s_networks_are_those_of_their_forward(name):
     model = build(name)
     shape = (2, 3, 4, 64, 64) if "r3d" in name else (2, 3, 96, 96) if "fasterrcnn" in name else None
     report = characterize(model, None if shape is None else torch.randn(shape))
     assert (report.kind == "join") == bool(JOINS[name])
     found = [record.name for record in report] if report.kind == "join" else []
     expected = [type(model).__name__ + path if path[:1] in ("", "#") else path for path in JOINS[name]]  # "": the root
-    assert found == expected, f"{len(found)} joins, expected {len(expected)}"
+    assert found == expected, f"{len(found)} joins ({found}), expected {len(expected)}"
 
 
 class Branch(nn.Module):
@@ -99,7 +99,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_addition(form):
+def test_every_form_of_addition_is_a_join_and_nothing_else_is(form):
     join, count, shortcut = FORMS[form]
     torch.manual_seed(0)
     model = Branch(join)
@@ -136,7 +136,7 @@ def test_parallel_branches_are_told_from_the_stream():
     assert characterize(model, x)[1].residual_variance == pytest.approx(expected, rel=1e-4)
 
 
-def test_recurrent_layers_hide_no_joins():
+def test_recurrent_layers_neither_hide_a_join_nor_have_one():
     class Net(nn.Module):
         def __init__(self, cell):
             super().__init__()
@@ -164,7 +164,7 @@ def test_stochastic_depth_of_the_user_is_seen_through():
     assert characterize(model, x)[0].residual_variance == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_module_with_two_joins_and_three_axes():
+def test_two_joins_of_a_module_are_numbered_and_channels_are_the_last_of_three_axes():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()

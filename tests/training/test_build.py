@@ -48,7 +48,7 @@ def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, 
     train(dataclasses.replace(TINY, model="a_stranger_s:net", model_args=(), batch=720), tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="would import and call a_stranger_s:net"):
         evaluate_run(tmp_path / "run")
-    assert evaluate_run(tmp_path / "run", model="a_stranger_s:net").examples == 359
+    assert evaluate_run(tmp_path / "run", trusted_model="a_stranger_s:net").examples == 359
 
 
 def test_a_converted_network_trains_and_goes_on(tmp_path):
@@ -138,7 +138,7 @@ def test_models_without_a_rate_and_with_two_heads(tmp_path):
 def test_evaluation_on_other_data(tmp_path):
     train(TINY, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="is a run of nf_resnet26"):
-        evaluate_run(tmp_path / "run", model="timm:resnet18")
+        evaluate_run(tmp_path / "run", trusted_model="timm:resnet18")
     digits = load("digits")
     for part, images in (("train", digits.train), ("val", digits.test)):
         for i in range(len(images)):
@@ -213,7 +213,7 @@ def ten_classes_more(num_classes, in_channels):
         ({"model": "timm:vit_tiny_patch16_224"}, "does not run on training images of 32 pixels"),
         ({"model": "torchvision:vgg11", "image_size": 64, "test_size": 16}, "does not run on testing images of 16"),
         ({"model": "timm:resnet18", "model_args": ("width=0.25",)}, "model_args, all of them the recipe's"),
-        ({"model": "tests.training.test_networks:ten_classes_more"}, r"gives \(2, 20\) in training, not logits \(2 i"),
+        ({"model": "tests.training.test_build:ten_classes_more"}, r"gives \(2, 20\) in training, not logits \(2 i"),
         ({"model": "torchvision:googlenet"}, "gives a GoogLeNetOutputs in training, not logits"),
     ],
 )

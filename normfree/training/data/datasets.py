@@ -65,18 +65,27 @@ class Data(Description):
 
 
 def load(spec: str) -> Data:
-    """The data set that `spec` names.
+    """Load the data set that `spec` names.
 
-    digits            the 1,797 digits of 8×8 pixels that scikit-learn ships
-    fashion_mnist     60,000 and 10,000 grey images of 28×28; fashion_mnist:PATH names the folder of the original files
-    instances:PATH    every image of a folder or .zip is its own class: training images are left halves, test images
-                      the upper and the lower square of the right half
-    wds/NAME:PATH     the tar files of webdataset in a folder: NAME…train….tar and NAME…val….tar (or test); wds:PATH
-                      takes all names
-    NAME:PATH         any data set of timm with an index, such as imagefolder:PATH or torch/cifar10:PATH
+    Args:
+        spec: One of
 
-    Raises ValueError for a name that is not known, FileNotFoundError where the data is not, ImportError where a
-    package is missing.
+            - `digits`: the 1,797 digits of 8×8 pixels that scikit-learn ships
+            - `fashion_mnist`: 60,000 and 10,000 grey images of 28×28; `fashion_mnist:PATH` names the folder of the
+              original files
+            - `instances:PATH`: every image of a folder or .zip is its own class: training images are left halves, test
+              images the upper and the lower square of the right half
+            - `wds/NAME:PATH`: the tar files of webdataset in a folder: NAME…train….tar and NAME…val….tar (or test);
+              `wds:PATH` takes all names
+            - `NAME:PATH`: any data set of timm with an index, such as `imagefolder:PATH` or `torch/cifar10:PATH`
+
+    Returns:
+        Images with labels, for training and for testing.
+
+    Raises:
+        ValueError: For a name that is not known.
+        FileNotFoundError: Where the data is not.
+        ImportError: Where a package is missing.
     """
     name, _, path = spec.partition(":")
     if name == "digits":
