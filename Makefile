@@ -42,7 +42,8 @@ oldest: .venv/installed
 	rm -rf build/oldest
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --disable-pip-version-check --quiet "torch==$(OLDEST_TORCH).*" pytest .
-	OMP_NUM_THREADS=2 build/oldest/bin/python -m pytest -o addopts= --import-mode=importlib tests/test_core.py
+	OMP_NUM_THREADS=2 build/oldest/bin/python -m pytest -o addopts= -o filterwarnings=default --import-mode=importlib \
+		tests/test_core.py
 	rm -rf build/oldest
 
 # Print what a measurement costs, in time and memory.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normfree.errors import SignalError
 
-_KNOWN = "2.12 to 2.15"
+_KNOWN = "2.13 to 2.15"
 """The versions of torch that have every name below."""
 
 try:

@@ -121,7 +121,7 @@ except normfree.SignalError as error:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "TorchDispatchMode, which torch" in done.stdout
-    assert "torch 2.12 to 2.15 has it" in done.stdout
+    assert "torch 2.13 to 2.15 has it" in done.stdout
 
 
 def test_with_all_names_nothing_warns(recwarn):

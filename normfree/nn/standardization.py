@@ -56,10 +56,15 @@ def _fan_in(weight: Tensor) -> int:
     return weight.numel() // weight.shape[0]
 
 
+def _rows(filters: Tensor) -> Tensor:
+    """Return filters as the kernels take them, (1, out_channels, fan_in); before torch 2.14 they insist on the layout."""
+    return filters.reshape(1, filters.shape[0], -1).contiguous()
+
+
 def _group_norm(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute scale ⊙ (W − mean(W)) · rsqrt(N · var(W)) as rows, mean(W) and 1/std(W), both (1, out_channels)."""
     filters, fan_in = weight.shape[0], _fan_in(weight)
-    rows = weight.reshape(1, filters, fan_in)
+    rows = _rows(weight)
     out, mean, rstd = torch.native_group_norm(rows, scale * fan_in**-0.5, None, 1, filters, fan_in, filters, _TINY)
     return out.view(filters, fan_in), mean, rstd
 
@@ -103,7 +108,7 @@ class _Standardize(torch.autograd.Function):
         kernel_rstd = torch.where(clamped, _DELTA, rstd)
         factor = torch.where(clamped, rstd[0] * shrink / _DELTA, 1.0) * fan_in**-0.5
         grad_weight, grad_scale, _ = torch.ops.aten.native_group_norm_backward(
-            grad.reshape(1, filters, fan_in), weight.reshape(1, filters, fan_in), mean, kernel_rstd, scale * factor,
+            _rows(grad), _rows(weight), mean, kernel_rstd, scale * factor,
             1, filters, fan_in, filters, [True, True, False],
         )  # fmt: skip
         return grad_weight.view_as(weight), grad_scale * factor, None

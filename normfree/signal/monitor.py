@@ -1,6 +1,7 @@
 """The signal of a network while it trains, in anybody's loop."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -83,10 +84,10 @@ class SignalMonitor:
         assert self.model is not None
         if self.table is not None:
             self.rows = [_parsed(row) for row in self.table.cut_back(self.step - 1)]
-        # Not as decorators: naming torch.compiler.disable imports the compiler.
-        begin, end = (torch.compiler.disable(hook) for hook in (self._begin, self._end))
-        self._hooks.callback(self.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        self._hooks.callback(self.model.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
+        _hide_hooks_from_compilers()
+        self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        end = self.model.register_forward_hook(self._end, with_kwargs=True, always_call=True)
+        self._hooks.callback(end.remove)
         return self
 
     def __exit__(
@@ -158,6 +159,13 @@ class SignalMonitor:
         """Variance and squared mean, of signal and gradient, over depth and step, as .png, .svg or .html."""
         self.collect()
         return draw_signal(self.rows, Path(path))
+
+
+@functools.cache
+def _hide_hooks_from_compilers() -> None:
+    """Wrap the hooks, once; as decorators they would import torch's compiler together with this package."""
+    for name in ("_begin", "_end"):
+        setattr(SignalMonitor, name, torch.compiler.disable(getattr(SignalMonitor, name)))
 
 
 def _numbers(record: SignalRecord, loss_scale: float) -> dict[str, float]:

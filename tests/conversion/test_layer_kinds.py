@@ -197,6 +197,7 @@ def test_branches_that_a_layer_scale_closes_are_calibrated_open():
     for gamma in conversion.model.gamma:
         assert_equal(gamma.detach(), torch.full((8, 1, 1), 1e-6))
     # The last convolution is followed by no normalizer: it is as it was.
+    assert len(conversion.after) == 3
     for record in list(conversion.after)[:2]:
         assert record.residual_variance == pytest.approx(1, rel=0.02), f"{record.residual_variance:.3f}, expected 1"
 

@@ -1,4 +1,4 @@
-"""What docs/coverage.md says of other people's networks, measured again for some."""
+"""Claims of docs/coverage.md on other people's networks, measured again for some."""
 
 import re
 from dataclasses import replace

@@ -14,7 +14,7 @@ def definition(x, axis):
     return torch.stack([rows.mean(1).square().mean(), rows.var(1, correction=0).mean()])
 
 
-def test_equals_the_reference():
+def test_they_are_the_authors():
     units = reference_arrays("units_f64.npz")
     squared_mean, variance = channel_statistics(nchw(units["signal_metrics/x"]), 1)
     assert_close(squared_mean, units["signal_metrics/avg_sq_mean_0"], 1e-12)
@@ -50,6 +50,6 @@ def test_channels_are_the_second_axis_but_of_sequences_the_last():
         assert_equal(channel_statistics(x), channel_statistics(x, axis), f"axis of {shape}")
 
 
-def test_not_a_number_is_shown():
+def test_what_is_not_a_number_is_not_hidden():
     statistics = channel_statistics(torch.tensor([[1.0, float("nan")]]))
     assert bool(torch.isnan(statistics).any()), statistics

@@ -1,4 +1,4 @@
-"""The networks of trainings: anybody's, converted, tested and taken up again from a run's folder."""
+"""Networks of trainings: anybody's, converted, tested and taken up again from a run's folder."""
 
 import dataclasses
 import json
@@ -19,11 +19,12 @@ from normfree.training.build import build, classifiers
 from normfree.training.data.datasets import load
 from normfree.training.processes import accelerator_for
 from normfree.training.setup import prepare
+from tests.helpers import assert_equal, assert_same_state
 from tests.training.tiny import TINY, rows
 
 
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18", "nf_regnet_b0"])
-def test_other_people_s_models(model, tmp_path):
+def test_other_people_s_models_train(model, tmp_path):
     arguments = {"nf_regnet_b0": ("width=0.25",)}.get(model, ())
     recipe = dataclasses.replace(
         TINY, model=model, model_args=arguments, batch=512, stochastic_depth_rate=None, channels_last=True,
@@ -32,7 +33,7 @@ def test_other_people_s_models(model, tmp_path):
     assert train(recipe, tmp_path / "run", quiet=True).finished
 
 
-def test_one_precision_after_another(tmp_path):
+def test_precisions_may_follow_each_other_in_a_process(tmp_path):
     for precision in ("bf16", "no", "double"):
         out = tmp_path / precision
         train(dataclasses.replace(TINY, precision=precision, batch=720), out, quiet=True)
@@ -80,7 +81,7 @@ def test_a_trained_network_is_converted_and_trained_on(tmp_path):
     result = train(converted, tmp_path / "converted", quiet=True)
     assert result.step == 3  # 240 images, 96 at a time
     before, after = load_file(weights), load_file(tmp_path / "converted" / "model.safetensors")
-    assert torch.equal(before["fc.weight"], after["fc.weight"])
+    assert_equal(after["fc.weight"], before["fc.weight"])
     assert after["layers.0.0.conv2.out_scale"] == 0.5
     with pytest.raises(FileNotFoundError, match="there is no file of weights"):
         train(dataclasses.replace(converted, initial="none.safetensors"), tmp_path / "a", quiet=True)
@@ -94,7 +95,7 @@ def test_a_trained_network_is_converted_and_trained_on(tmp_path):
         dataclasses.replace(converted, convert=False)
 
 
-def test_the_example_of_fine_tuning(tmp_path, monkeypatch, capsys):
+def test_the_example_of_fine_tuning_says_the_accuracy_of_each_kind(tmp_path, monkeypatch, capsys):
     example = Path(__file__).parents[2] / "examples" / "finetune_converted.py"
     arguments = ["--epochs", "0.5", "--then", "0.25", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", [example.name, *arguments])
@@ -108,7 +109,7 @@ def test_the_example_of_fine_tuning(tmp_path, monkeypatch, capsys):
     assert shortened["train_images"] == 360
 
 
-def test_models_that_cannot_be_built(tmp_path):
+def test_models_that_cannot_be_built_are_refused_and_named(tmp_path):
     for changes, words in (
         ({"model": "nf_resnet27"}, "no model is called"),
         ({"model_args": ("widht=1",)}, "no argument 'widht'"),
@@ -123,19 +124,20 @@ def test_models_that_cannot_be_built(tmp_path):
             train(dataclasses.replace(TINY, **changes), tmp_path / "run", quiet=True)
 
 
-def test_models_without_a_rate_and_with_two_heads(tmp_path):
+def test_classifiers_are_found_where_there_is_one_none_named_and_two():
     linear = dataclasses.replace(TINY, model="timm:vgg11", model_args=())
     model = build(dataclasses.replace(linear, stochastic_depth_rate=0.0), load("digits"))
     assert classifiers(model)[0].out_features == 10
-    assert classifiers(build(dataclasses.replace(linear, model="torchvision:resnet18"), load("digits"))) != []
+    (last,) = classifiers(build(dataclasses.replace(linear, model="torchvision:resnet18"), load("digits")))
+    assert last.out_features == 10
     distilled = build(
         dataclasses.replace(linear, model="timm:deit_tiny_distilled_patch16_224", stochastic_depth_rate=None),
         load("digits"),
     )
-    assert len(classifiers(distilled)) == 2
+    assert [head.out_features for head in classifiers(distilled)] == [10, 10]
 
 
-def test_evaluation_on_other_data(tmp_path):
+def test_a_run_is_tested_on_other_data_by_the_numbers_of_its_own(tmp_path):
     train(TINY, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="is a run of nf_resnet26"):
         evaluate_run(tmp_path / "run", trusted_model="timm:resnet18")
@@ -169,11 +171,11 @@ def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
         evaluate_run("run")
     network, expected = load_run("run"), load_file(tmp_path / "run" / "model_ema.safetensors")
     assert not network.training
-    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+    assert_same_state(network.state_dict(), expected)
     images = torch.ones(1, 3, 32, 32)
     (last,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     for name in ("run", str(last)):
-        assert torch.equal(network_factory(name)()(images), network(images))
+        assert_equal(network_factory(name)()(images), network(images), name)
     (tmp_path / "run" / "data.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no data\.json of a run"):
         load_run("run")

@@ -10,22 +10,15 @@ import time
 
 import psutil
 import pytest
-from safetensors.torch import load_file
 
 from normfree.training import train
-from tests.training.tiny import TINY, command, rows
+from tests.training.tiny import TINY, command, largest_difference, rows
 
 DOUBLE = dataclasses.replace(TINY, precision="double", batch=72, stochastic_depth_rate=0.0, clip_norm=0.1)
 
 
 def run(*arguments, **more):
     subprocess.run(command(*arguments, "--quiet", **more), check=True, capture_output=True, timeout=120)
-
-
-def difference(a, b):
-    """The largest one between the parameters of two runs."""
-    one, other = (load_file(run / "model.safetensors") for run in (a, b))
-    return max((one[key] - other[key]).abs().max().item() for key in one if "running" not in key)
 
 
 def results(out):
@@ -46,7 +39,8 @@ def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
     for name, processes, parts in (("accumulated", 0, 4), ("two", 2, 1), ("two, accumulated", 2, 2)):
         out = tmp_path / name
         run(dataclasses.replace(DOUBLE, accumulate=parts), out, processes=processes)
-        assert difference(alone, out) < 1e-10, name
+        found = largest_difference(alone, out)
+        assert found < 1e-10, f"{name}: {found}"
         assert results(out) == pytest.approx(results(alone), rel=1e-10), name
     position = next((tmp_path / "two" / "checkpoints").glob("*/position.json"))
     assert json.loads(position.read_text())["parts"] == 2
@@ -55,13 +49,13 @@ def test_one_process_two_and_accumulated_parts_train_alike(tmp_path):
 def test_the_first_step_does_not_depend_on_the_cut_but_with_batch_norm_does(tmp_path):
     """In float32, to 1e-6."""
     first = dataclasses.replace(DOUBLE, precision="no", train_images=DOUBLE.batch, warmup_epochs=0.0)
-    for model, same in (("nf_resnet26", True), ("bn_resnet26", False)):
-        recipe = dataclasses.replace(first, model=model)
+    for model, arguments, same in (("nf_resnet26", ("skip_gain=0.5",), True), ("bn_resnet26", (), False)):
+        recipe = dataclasses.replace(first, model=model, model_args=(*first.model_args, *arguments))
         train(recipe, tmp_path / model, quiet=True)
         train(dataclasses.replace(recipe, accumulate=4), tmp_path / f"{model} accumulated", quiet=True)
         run(recipe, tmp_path / f"{model} two", processes=2)
         for cut in ("accumulated", "two"):
-            found = difference(tmp_path / model, tmp_path / f"{model} {cut}")
+            found = largest_difference(tmp_path / model, tmp_path / f"{model} {cut}")
             assert found < 1e-6 if same else found > 1e-4, (model, cut, found)
 
 
@@ -83,7 +77,7 @@ def started(out, *arguments, processes, beyond=0):
         deadline = time.monotonic() + 120
         while newest(out) <= beyond:
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline  # against hanging
             time.sleep(0.1)
         yield process
     finally:
@@ -96,15 +90,14 @@ def test_a_process_that_dies_ends_the_others_and_one_goes_on_or_two(tmp_path):
     out = tmp_path / "run"
     with started(out, "--quiet", processes=2) as process:
         psutil.Process(process.pid).children()[-1].kill()
-        begin = time.monotonic()
         _, told = process.communicate(timeout=60)
-        assert time.monotonic() - begin < 60
         assert process.returncode != 0
         assert "normfree: " in told or "Signal 9" in told
     shutil.copytree(out, tmp_path / "again")
     for folder, processes in ((out, 0), (tmp_path / "again", 2)):
-        with started(folder, "--resume", "auto", "--quiet", processes=processes, beyond=newest(folder)):
-            pass
+        before = newest(folder)
+        with started(folder, "--resume", "auto", "--quiet", processes=processes, beyond=before):
+            assert newest(folder) > before
 
 
 def test_whichever_process_is_asked_to_stop_all_end_well(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from normfree.training import RECIPES, Recipe, recipe
 
 
-def test_the_paper_s_for_imagenet():
+def test_the_recipes_for_imagenet_have_the_paper_s_numbers():
     resnet = RECIPES["nf_resnet50"]
     assert (resnet.epochs, resnet.optimizer, resnet.momentum, resnet.warmup_epochs) == (90, "sgd", 0.9, 5)
     assert (resnet.label_smoothing, resnet.weight_decay) == (0.1, None)  # the variant's 5e-5
@@ -18,7 +18,7 @@ def test_the_paper_s_for_imagenet():
         regnet = RECIPES[f"nf_regnet_b{level}"]
         assert (regnet.epochs, regnet.batch, regnet.ema) == (360, 1024, 0.99999)
         assert regnet.peak_lr == pytest.approx(0.4)
-        assert all((regnet.mixup, regnet.cutmix, regnet.auto_augment))
+        assert (regnet.mixup, regnet.cutmix, regnet.auto_augment) == (0.2, 1.0, "rand-m9-mstd0.5")
         assert regnet.image_size is None  # the variant's
     assert RECIPES["nfnet_f0"].clip_adaptive == 0.01
 
@@ -32,7 +32,7 @@ def test_every_recipe_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"model": "a", "data": "b", "modle": 1}', '{"model": "a", "data": "b", "batch": "x"}']
 )
-def test_a_file_that_is_no_recipe(text, tmp_path):
+def test_a_file_that_is_no_recipe_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="is no recipe"):
         Recipe.from_json(tmp_path / "config.json")
@@ -53,7 +53,7 @@ def test_errors_name_the_field(field, value):
         dataclasses.replace(RECIPES["digits"], **{field: value})
 
 
-def test_clipping_twice_and_names():
+def test_clipping_twice_and_names_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="choose one"):
         dataclasses.replace(RECIPES["digits"], clip_norm=1.0, clip_adaptive=0.01)
     with pytest.raises(ValueError, match="did you mean digits"):

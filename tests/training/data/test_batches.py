@@ -1,4 +1,4 @@
-"""Every example once, and its randomness a function of (seed, epoch, index)."""
+"""Batches: every example once, and its randomness a function of (seed, epoch, index)."""
 
 import contextlib
 import random
@@ -6,13 +6,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from normfree.errors import TrainingError
 from normfree.training.data.batches import Examples, Order, Parts, collate, loader, reseedable
 from normfree.training.data.mixing import Mixing
+from tests.helpers import SEEDS, assert_allclose, assert_equal
 
 
 class Noisy:
@@ -50,12 +51,13 @@ def run(order, processes, workers=0, collate=collate, images=None):
     return found
 
 
+@settings(deadline=None)
 @given(
     examples=st.integers(1, 60), batch=st.integers(1, 30), processes=st.integers(1, 3), accumulate=st.integers(1, 3),
-    shuffle=st.booleans(), even=st.booleans(), epoch=st.integers(0, 2),
+    shuffle=st.booleans(), even=st.booleans(), epoch=st.integers(0, 2), seed=SEEDS,
 )  # fmt: skip
-def test_every_example_once(examples, batch, processes, accumulate, shuffle, even, epoch):
-    order = Order(examples, batch, processes * accumulate, seed=3, shuffle=shuffle, even=even)
+def test_every_example_comes_once_an_epoch(examples, batch, processes, accumulate, shuffle, even, epoch, seed):
+    order = Order(examples, batch, processes * accumulate, seed=seed, shuffle=shuffle, even=even)
     real = []
     for process in range(processes):
         parts = Parts(order, process, processes)
@@ -111,18 +113,18 @@ def test_randomness_does_not_depend_on_the_cut_or_the_workers(processes, accumul
                     rows.append(torch.cat([batch.images.flatten(1), targets], 1)[real])
         return torch.cat(rows)
 
-    assert torch.equal(images(1, 1, 0), images(processes, accumulate, workers))
+    assert_equal(images(processes, accumulate, workers), images(1, 1, 0))
 
 
 def test_mixtures_are_those_of_neighbours():
     order = Order(8, 8, 1, seed=0, even=True)
     ((plain,),), ((mixed,),) = run(order, 1), run(order, 1, collate=Mixing(1.0, 0.0, 10, seed=0))
-    assert bool(((mixed.targets.sum(1) - 1).abs() < 1e-6).all())
+    assert_allclose(mixed.targets.sum(1), torch.ones(8), rtol=0, atol=1e-6)
     for i in range(0, 8, 2):
         labels = plain.targets[i : i + 2].tolist()
         weight = float(mixed.targets[i, labels[0]])
         expected = weight * plain.images[i] + (1 - weight) * plain.images[i + 1]
-        assert torch.allclose(mixed.images[i], expected, atol=1e-4)
+        assert_allclose(mixed.images[i], expected, atol=1e-4)
 
 
 def test_the_state_outside_is_untouched():
@@ -137,14 +139,14 @@ def test_the_state_outside_is_untouched():
         seed(1, 2)
         first = torch.rand(1)
         seed(1, 2)
-        assert torch.equal(torch.rand(1), first)
+        assert_equal(torch.rand(1), first)
     assert (torch.rand(1), random.random(), np.random.rand()) == expected
 
 
 def test_loading_draws_nothing_from_the_global_state():
     before = torch.get_rng_state()
     run(Order(6, 3, 1, seed=0), 1, workers=1)
-    assert torch.equal(before, torch.get_rng_state())
+    assert_equal(torch.get_rng_state(), before)
 
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_in_testing():

@@ -21,7 +21,7 @@ def picture(seed, size=(64, 48)):
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-def test_digits():
+def test_digits_have_the_size_mean_and_deviation_that_they_say():
     data = load("digits")
     assert (len(data.train), len(data.test), data.classes, data.channels) == (1438, 359, 10, 1)
     pixels = np.stack([np.asarray(data.train[i][0]) for i in range(len(data.train))]) / 255
@@ -31,7 +31,7 @@ def test_digits():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_fashion_mnist_in_its_original_files(packed, tmp_path):
+def test_fashion_mnist_is_read_from_its_original_files(packed, tmp_path):
     for part, count in (("train", 7), ("t10k", 3)):
         images = np.arange(count * 784, dtype=np.uint32).astype(np.uint8)
         for name, header, body in (
@@ -50,7 +50,7 @@ def test_fashion_mnist_in_its_original_files(packed, tmp_path):
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_instances(archive, tmp_path):
+def test_every_photograph_is_a_class_with_its_left_part_for_training(archive, tmp_path):
     folder = tmp_path / "photos" / "below"
     folder.mkdir(parents=True)
     for seed in range(5):
@@ -83,7 +83,7 @@ def test_instances(archive, tmp_path):
     assert np.array_equal(np.asarray(lower), whole[16:, 32:])
 
 
-def test_images_of_any_format_and_depth(tmp_path):
+def test_images_of_any_format_and_depth_are_read(tmp_path):
     """16 bits of grey are those of 8, no format is left out, and training and test images have names of their own."""
     pixels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
     for part in ("train", "val"):
@@ -136,7 +136,7 @@ def test_folders_of_classes_are_timm_s(tmp_path):
         data.train[3]
 
 
-def test_torchvision_s(tmp_path):
+def test_data_sets_of_torchvision_are_read(tmp_path):
     folder = tmp_path / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     for part, count in (("train", 7), ("t10k", 3)):
@@ -150,7 +150,7 @@ def test_torchvision_s(tmp_path):
 
 
 @pytest.mark.parametrize("tested", ["validation", "test"])
-def test_hugging_face_s(tested, monkeypatch):
+def test_data_sets_of_hugging_face_are_read(tested, monkeypatch):
     """As its package `datasets` gives them: timm asks for a split, and reads bytes of images and their labels."""
     packed = io.BytesIO()
     picture(0).save(packed, "png")
@@ -191,12 +191,12 @@ def test_hugging_face_s(tested, monkeypatch):
         ("wds/imagenet:/none", FileNotFoundError, "no folder /none for wds"),
     ],
 )
-def test_what_is_not_there(spec, error, words):
+def test_what_is_not_there_is_named_with_the_reason(spec, error, words):
     with pytest.raises(error, match=words):
         load(spec)
 
 
-def test_files_that_are_cut_off(tmp_path):
+def test_files_that_are_cut_off_are_named(tmp_path):
     header = struct.pack(">4i", 2051, 4, 28, 28)
     for name, text in (("empty", b""), ("short", header + bytes(784)), ("header", header[:7])):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""webdataset's tar files, made by the tests."""
+"""Tar files of webdataset's form, made by the tests."""
 
 import dataclasses
 import io
@@ -60,7 +60,7 @@ def test_samples_are_found_at_any_place(folder):
     assert len(load(f"wds:{folder}").train) == 5
 
 
-def test_processes_share_them(folder):
+def test_processes_that_share_an_archive_read_their_own_samples(folder):
     train = load(f"wds/pets:{folder}").train
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for index, (image, _) in enumerate(pool.map(train.__getitem__, list(range(5)) * 20)):
@@ -76,13 +76,13 @@ def test_a_network_trains_on_them(folder, tmp_path):
     assert result.accuracy.examples == 2
 
 
-def test_labels_count_from_0(folder):
+def test_labels_below_0_are_refused(folder):
     shard(folder / "pets-train-2.tar", {"9.png": png(9), "9.cls": b"-1"})
     with pytest.raises(ValueError, match="have the label -1; labels count from 0"):
         load(f"wds/pets:{folder}")
 
 
-def test_what_cannot_be_read(folder):
+def test_what_cannot_be_read_is_refused_and_named(folder):
     with pytest.raises(FileNotFoundError, match=r"has no shards cars\*train\*\.tar"):
         load(f"wds/cars:{folder}")
     broken = {"1.png": b"no image", "1.cls": b"0"}

@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import os
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, train
+from normfree.training.run import checkpoint
 from normfree.training.run.checkpoint import Checkpoints, Position, damage
 
 RECIPE = dataclasses.replace(
@@ -27,8 +32,6 @@ class Process:
         pass
 
     def save_state(self, folder):
-        from pathlib import Path
-
         (Path(folder) / "model.safetensors").write_bytes(b"0" * 100)
         if self.error:
             raise self.error
@@ -54,7 +57,7 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints, error):
     assert damage(checkpoints.folder / "step_00000001") is None
 
 
-def test_no_permission(tmp_path):
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
         Checkpoints(tmp_path / "checkpoints", RECIPE).save(Process(), Position(), None)
@@ -105,7 +108,7 @@ def test_a_run_goes_on_from_the_last_whole_one_and_ends_the_same(tmp_path):
     assert not (hurt / "checkpoints" / ".writing_00000099").exists()
 
 
-def test_a_foreign_checkpoint(tmp_path):
+def test_a_foreign_checkpoint_is_refused(tmp_path):
     out = tmp_path / "run"
     train(RECIPE, out, quiet=True)
     newest = max((out / "checkpoints").iterdir())
@@ -117,7 +120,7 @@ def test_a_foreign_checkpoint(tmp_path):
         train(RECIPE, out, resume="auto", quiet=True)
 
 
-def test_a_checkpoint_of_another_run(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     """Of the same network, which would load."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(RECIPE, first, quiet=True)
@@ -130,20 +133,33 @@ def test_a_checkpoint_of_another_run(tmp_path):
         train(recipe, second, resume="auto", quiet=True)
 
 
-def test_nothing_that_could_run_code_is_loaded(tmp_path):
-    """torch's loader with weights_only, which refuses what a pickle may call."""
-    import os
+class Runs:
+    """What makes a folder when it is unpickled."""
 
-    import torch
-    from accelerate.utils import load
+    def __init__(self, folder):
+        self.folder = folder
 
-    class Runs:
-        def __reduce__(self):
-            return os.system, ("true",)
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
 
-    torch.save(Runs(), tmp_path / "optimizer.bin")
-    with pytest.raises(Exception, match="Weights only load failed"):
-        load(tmp_path / "optimizer.bin")
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_a_file_that_could_run_code_is_refused_and_runs_none(name, tmp_path):
+    """A checkpoint as complete as ours, but for what its pickle would call."""
+    witness, out = tmp_path / "witness", tmp_path / "run"
+    train(RECIPE, out, quiet=True)
+    newest = max((out / "checkpoints").iterdir())
+    torch.save(Runs(witness), newest / name)
+    (newest / "manifest.json").unlink()
+    checkpoint._seal(newest)
+    assert damage(newest) is None
+    try:
+        with pytest.raises(TrainingError, match="does not fit this training: Weights only load failed"):
+            train(RECIPE, out, resume="auto", quiet=True)
+    finally:
+        assert not witness.exists()
+    pickle.loads(pickle.dumps(Runs(witness)))
+    assert witness.exists()  # anybody else would have run it
 
 
 def test_what_was_put_aside_returns(checkpoints):
