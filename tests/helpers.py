@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +137,11 @@ def shaken(model):
             if parameter.ndim < 2 or "gain" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter) + (0.5 if "skip" in name else 0))
     return model.eval()
+
+
+def slow_but(quick: set[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, of which all but the quick ones are slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 class Residual(nn.Module):

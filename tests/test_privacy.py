@@ -69,6 +69,7 @@ def test_what_opacus_cannot_keep_private_is_refused_and_unchanged():
     assert any(m.inplace for m in kept.modules() if isinstance(m, nn.ReLU))  # what is refused is not changed
 
 
+@pytest.mark.slow
 def test_the_example_trains_with_differential_privacy(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [EXAMPLE.name, "--images", "48", "--batch", "16"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from normfree.cli.model_sources import Input, image_function, network_factory
-from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json
+from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json, working
 from normfree.conversion import convert as convert_model
 from normfree.signal import compare
 from normfree.signal.figure import SUFFIXES
@@ -52,7 +52,9 @@ def convert(
     draw = image_function(input, batch, height_and_width(size))
     torch.manual_seed(seed)
     network = network_factory(model)()
-    conversion = convert_model(network, draw(network), keep=keep, alpha=alpha, exclude=exclude, depthwise=depthwise)
+    images = draw(network)
+    with working(f"converting {model}"):
+        conversion = convert_model(network, images, keep=keep, alpha=alpha, exclude=exclude, depthwise=depthwise)
     written = []
     if out is not None:
         written.append(conversion.save(out))

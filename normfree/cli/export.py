@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from normfree.cli.model_sources import network_factory
-from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json
+from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json, working
 from normfree.exporting import Format
 from normfree.exporting import export as export_model
 
@@ -35,7 +35,8 @@ def export(
     """
     path = out or Path(f"{Path(model).name.replace(':', '_').replace('/', '_')}.{to}")
     check_writable(path, [f".{to}"])
-    result = export_model(network_factory(model)(), path, to=to, size=height_and_width(size) or 224)
+    with working(f"exporting {model}"):
+        result = export_model(network_factory(model)(), path, to=to, size=height_and_width(size) or 224)
     if json_output:
         show_json(asdict(result))
         return

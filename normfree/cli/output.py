@@ -1,8 +1,9 @@
 """Output of the commands: tables or JSON, files, and the progress bar; and the size that they are given."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,14 @@ def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def working(description: str) -> Iterator[None]:
+    """Show on a terminal that something goes on whose length nobody knows, and for how long already."""
+    with progress() as bar:
+        bar.add_task(description, total=None)
+        yield
 
 
 def check_writable(path: Path, suffixes: Iterable[str]) -> None:

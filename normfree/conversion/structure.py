@@ -57,9 +57,9 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
         if any(is_input for _, is_input in reached):
             found.of_input.add(norm)
         layers = {layer for index in taken if (layer := _as_it_is(nodes, index)) is not None}
-        whole = len(found.sources[norm]) == 1 and calls[next(iter(found.sources[norm]))] == layers
+        sole = len(found.sources[norm]) == 1 and calls[next(iter(found.sources[norm]))] == layers
         alone = all(_owner(c.module, norms) == norm for layer in layers for c in _users(layer, children))
-        if whole and alone and _on_channels(nodes, norm):
+        if sole and alone and _on_channels(nodes, norm):
             found.direct[norm] = nodes[next(iter(layers))].module
     for node in nodes:
         norm = _owner(node.module, norms)

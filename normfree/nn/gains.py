@@ -199,16 +199,16 @@ def _integrate(function: Callable[[Tensor], Tensor], name: str) -> tuple[float, 
 
     edges = torch.linspace(-_LIMIT, _LIMIT, 8 * int(_LIMIT) + 1, dtype=torch.float64)
     left, right = edges[:-1], edges[1:]
-    whole = panels(left, right)
-    tail = float(whole[:4].abs().sum() + whole[-4:].abs().sum())
-    total, scale = 0.0, float(whole.abs().sum())
+    areas = panels(left, right)
+    tail = float(areas[:4].abs().sum() + areas[-4:].abs().sum())
+    total, scale = 0.0, float(areas.abs().sum())
     for _ in range(60):
         middle = (left + right) / 2
         low, high = panels(left, middle), panels(middle, right)
-        agree = (whole - low - high).abs() <= 1e-15 * scale
+        agree = (areas - low - high).abs() <= 1e-15 * scale
         total += float((low + high)[agree].sum())
         left, right = torch.cat([left[~agree], middle[~agree]]), torch.cat([middle[~agree], right[~agree]])
-        whole = torch.cat([low[~agree], high[~agree]])
+        areas = torch.cat([low[~agree], high[~agree]])
         if not len(left):
             break
-    return total + float(whole.sum()), tail
+    return total + float(areas.sum()), tail

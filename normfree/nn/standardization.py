@@ -57,7 +57,7 @@ def _fan_in(weight: Tensor) -> int:
 
 
 def _rows(filters: Tensor) -> Tensor:
-    """Return filters as the kernels take them, (1, out_channels, fan_in); before torch 2.14 they insist on the layout."""
+    """Return filters as the kernels take them, (1, out_channels, fan_in), contiguous as torch 2.13 insists."""
     return filters.reshape(1, filters.shape[0], -1).contiguous()
 
 

@@ -53,7 +53,15 @@ def test_counts_and_structure_equal_the_reference(entry, name, arguments):
 
 
 TRACED = [
-    pytest.param(name, int(size), arguments, macs, ZOO[entry]["params"], id=f"{entry} at {size}")
+    pytest.param(
+        name,
+        int(size),
+        arguments,
+        macs,
+        ZOO[entry]["params"],
+        id=f"{entry} at {size}",
+        marks=[pytest.mark.slow] if re.search(r"nfnet_f[3-7]|resnet600|resnet288|regnet_b[678]", name) else [],
+    )
     for entry, name, arguments in zoo_entries()
     for size, macs in ZOO[entry].get("macs_traced_by_imsize", {}).items()
 ]

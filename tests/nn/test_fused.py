@@ -25,6 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in a process that interprets Triton")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="they run here themselves")
 def test_they_pass_these_tests_in_a_process_that_interprets_triton():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

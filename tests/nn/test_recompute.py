@@ -39,6 +39,7 @@ def test_gradients_are_those_without_recomputation(name):
         assert_close(one, other, 1e-12)
 
 
+@pytest.mark.slow
 def test_no_more_bytes_are_kept_than_the_limit():
     """The bars: 1.02 of plain convolutions; SiLU and GELU networks 0.65 of themselves with separate modules."""
     x = torch.randn(16, 3, 224, 224)

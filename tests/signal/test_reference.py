@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normfree import characterize, create_model
-from tests.helpers import reference_json, watch_blocks
+from tests.helpers import reference_json, slow_but, watch_blocks
 
 SEEDS = 12
 NETWORKS = {
@@ -30,7 +30,7 @@ NETWORKS = {
 ACTIVATED = ("ResNet50-BN-postact-w4", "ResNet288-BN-postact-w4", "FixUp_ResNet50-w4(default)")
 
 
-@pytest.mark.parametrize("case", NETWORKS)
+@pytest.mark.parametrize("case", slow_but({"NF_ResNet50-w4-relu", "NF_RegNet-B0-w0.75-silu"}, NETWORKS))
 def test_every_block_has_the_authors_signal(case):
     name, arguments = NETWORKS[case]
     expected = reference_json("spp_reference.json")[case]
@@ -73,7 +73,7 @@ def test_every_block_has_the_authors_signal(case):
     print(f"{case}: the largest departure is {worst[1]:.2f} of its bound, {worst[0]}")
 
 
-@pytest.mark.parametrize(("depth", "width"), [(288, 2), (600, 4)])
+@pytest.mark.parametrize(("depth", "width"), [(288, 2), pytest.param(600, 4, marks=pytest.mark.slow)])
 def test_very_deep_networks_follow_their_ledger(depth, width):
     """Over each stage they are as far from the ledger as the authors' are, to 2 %; three seeds, 288 half as wide.
 

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from normfree.studies.coverage import EXPLAINED, NETWORKS, measure, page
+from tests.helpers import slow_but
 
+MEASURED = ["timm:resnetv2_50", "timm:efficientnet_b0", "timm:dla34", "timm:fbnetc_100"]
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
 @pytest.mark.parametrize("kind", ["noise", "photographs"])
-@pytest.mark.parametrize("network", ["timm:resnetv2_50", "timm:efficientnet_b0", "timm:dla34", "timm:fbnetc_100"])
+@pytest.mark.parametrize(
+    "network",
+    slow_but({"timm:fbnetc_100"}, ["timm:resnetv2_50", "timm:efficientnet_b0", "timm:dla34", "timm:fbnetc_100"]),
+)
 def test_the_signal_is_where_the_ledger_says(network, kind):
     row = measure(network, kind)
     assert not row.kept

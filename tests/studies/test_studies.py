@@ -16,6 +16,7 @@ from normfree.studies.study import Cell, Study
 from normfree.studies.trainings import TrainingTable, fingerprint
 from normfree.training import RECIPES, Result
 from normfree.training.metrics import Accuracy
+from tests.helpers import slow_but
 
 
 def small(name):
@@ -35,7 +36,7 @@ def over(top1, stop_requested=False):
     return Result(Path(), 1, True, Accuracy(100, 1.0, top1, top1), top1, stop_requested, 1.0)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", slow_but({"batch-size"}, STUDIES))
 def test_at_a_toy_size_every_cell_is_trained_once_and_has_its_place_in_the_table(name, tmp_path):
     toy, said = small(name), []
     found = run_study(toy, tmp_path, seeds=1, on_message=said.append)
@@ -179,6 +180,7 @@ def test_names_that_do_not_exist_are_refused_with_near_misses():
         define_study("dept", "digits", "toy")
 
 
+@pytest.mark.slow
 def test_two_processes_train_together_and_one_writes(tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "normfree", "study"]
     arguments = [

@@ -52,6 +52,7 @@ def test_a_function_of_a_package_is_not_called_for_a_strangers_folder(tmp_path, 
     assert evaluate_run(tmp_path / "run", trusted_model="a_stranger_s:net").examples == 359
 
 
+@pytest.mark.slow
 def test_a_converted_network_trains_and_goes_on(tmp_path):
     recipe = dataclasses.replace(
         TINY, model="timm:resnet10t", model_args=(), convert=True, batch=256, lr=0.01, epochs=2
@@ -95,6 +96,7 @@ def test_a_trained_network_is_converted_and_trained_on(tmp_path):
         dataclasses.replace(converted, convert=False)
 
 
+@pytest.mark.slow
 def test_the_example_of_fine_tuning_says_the_accuracy_of_each_kind(tmp_path, monkeypatch, capsys):
     example = Path(__file__).parents[2] / "examples" / "finetune_converted.py"
     arguments = ["--epochs", "0.5", "--then", "0.25", "--out", str(tmp_path)]
@@ -181,6 +183,7 @@ def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
         load_run("run")
 
 
+@pytest.mark.slow
 def test_the_checkpoints_of_a_run_are_tested_too(tmp_path):
     recipe = dataclasses.replace(TINY, epochs=2, lr=0.05, ema=0.5, convert=True, model="timm:resnet18", model_args=())
     train(recipe, tmp_path / "run", quiet=True)

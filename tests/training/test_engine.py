@@ -26,6 +26,7 @@ RANDOM = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_digits_are_learned_and_a_run_is_a_folder(tmp_path):
     out = tmp_path / "run"
     result = train(dataclasses.replace(RECIPES["digits"], signal_every=50), out, quiet=True)
@@ -56,6 +57,7 @@ def two_threads(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.slow
 def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same(tmp_path):
     """Optimizer, averaged weights, schedule, order, dropout, stochastic depth, mixup: bit for bit."""
     whole = tmp_path / "whole"
@@ -83,6 +85,7 @@ def test_killed_at_any_moment_and_taken_up_again_it_ends_the_same(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_writes_a_checkpoint_and_ends_well(number, tmp_path):
     """Asked with all of its processes, those that load images too, as schedulers and terminals ask."""
@@ -105,6 +108,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_ends_well(number, tmp_path):
     assert position["step"] == len([row for row in rows(out) if row["kind"] == "train"])
 
 
+@pytest.mark.slow
 def test_parts_of_one_class_change_nothing_but_for_batch_norm(tmp_path):
     """The same batches, cut into parts of one class each or mixed: one normalizer-free network, two with BatchNorm."""
     differences = {}

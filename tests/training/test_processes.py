@@ -14,6 +14,8 @@ import pytest
 from normfree.training import train
 from tests.training.tiny import TINY, command, largest_difference, rows
 
+pytestmark = pytest.mark.slow
+
 DOUBLE = dataclasses.replace(TINY, precision="double", batch=72, stochastic_depth_rate=0.0, clip_norm=0.1)
 
 

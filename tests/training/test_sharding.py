@@ -19,6 +19,8 @@ from normfree.training.step import clip_adaptive
 from tests.helpers import assert_equal
 from tests.training.tiny import assert_same_weights, largest_difference
 
+pytestmark = pytest.mark.slow
+
 RECIPE = dataclasses.replace(
     RECIPES["digits"], model_args=("width=0.25", "skip_gain=0.5"), epochs=1, batch=72, stochastic_depth_rate=0.0,
     precision="double", checkpoint_every=10, ema=0.9, mixup=0.2, cutmix=1.0, clip_adaptive=0.01, signal_every=9,

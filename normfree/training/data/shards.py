@@ -87,9 +87,11 @@ def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:
                     labels |= _label(archive, info, path, key)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no uncompressed tar file ({error})") from error
-    without = [member.name for key, member in images.items() if key not in labels]
-    if without:
-        raise ValueError(f"{path} has no label (.cls, or .json with a label) for {without[0]}, one of {len(without)}")
+    unlabelled = [member.name for key, member in images.items() if key not in labels]
+    if unlabelled:
+        raise ValueError(
+            f"{path} has no label (.cls, or .json with a label) for {unlabelled[0]}, one of {len(unlabelled)}"
+        )
     return ((member, labels[key]) for key, member in images.items())
 
 

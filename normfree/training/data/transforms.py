@@ -14,11 +14,11 @@ def training_transform(recipe: Recipe, data: Description, size: int, channels: i
     """Make random crops and what else the recipe asks for (timm's), (channels, size, size), uint8."""
     from timm.data import create_transform
 
-    whole = recipe.crop_scale == 1
+    uncropped = recipe.crop_scale == 1
     try:
         transform = create_transform(
             (channels, size, size), is_training=True, scale=(recipe.crop_scale, 1.0),
-            ratio=(1.0, 1.0) if whole else (3 / 4, 4 / 3), hflip=0.5 if recipe.flip else 0.0,
+            ratio=(1.0, 1.0) if uncropped else (3 / 4, 4 / 3), hflip=0.5 if recipe.flip else 0.0,
             auto_augment=recipe.auto_augment or None, **_common(data, channels),
         )  # fmt: skip
     except AssertionError as error:

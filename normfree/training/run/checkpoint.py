@@ -67,11 +67,11 @@ class Checkpoints:
                 (temporary / RECIPE).write_text(self.recipe.to_json(), encoding="utf-8")
                 (temporary / _POSITION).write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2) + "\n")
                 _seal(temporary)
-                aside = self.folder / f".writing_{position.step:08d}_before"
+                replaced = self.folder / f".writing_{position.step:08d}_before"
                 if final.exists():
-                    final.rename(aside)
+                    final.rename(replaced)
                 temporary.rename(final)
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(replaced, ignore_errors=True)
                 sync(self.folder)
                 self._forget(position)
             accelerator.wait_for_everyone()
@@ -103,7 +103,7 @@ class Checkpoints:
         return None, problems
 
     def clean(self) -> None:
-        """Remove what an interrupted writing left; what it had put aside returns to its place, if that is empty."""
+        """Remove what an interrupted writing left; what it had moved out of the way returns, if its place is empty."""
         for path in self.folder.glob(".writing_*_before"):
             place = self.folder / path.name.replace(".writing_", "step_").removesuffix("_before")
             if not place.exists():
