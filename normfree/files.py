@@ -69,7 +69,7 @@ def read_csv(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
     if not path.exists():
         return (), []
     text = path.read_text(encoding="utf-8")
-    reader = csv.DictReader(text[: _complete(text)].splitlines())
+    reader = csv.DictReader(io.StringIO(text[: _complete(text)], newline=""))
     return tuple(reader.fieldnames or ()), [row for row in reader if None not in row.values()]
 
 
@@ -104,13 +104,20 @@ class Table:
 
         Raises TrainingError for a file of other columns, and where it cannot be written.
         """
-        columns, rows = read_csv(self.path)
-        if columns and columns != self.columns:
+        if not self._is_ours():
             raise TrainingError(f"{self.path} is no file of a training, or of another one: choose another place")
+        _, rows = read_csv(self.path)
         kept = [row for row in rows if int(row["step"]) < step or (int(row["step"]) == step and keep(row))]
         with replacing(self.path) as path:
             path.write_text(csv_text(self.columns, kept), encoding="utf-8")
         return kept
+
+    def _is_ours(self) -> bool:
+        """Tell whether the file has these columns, or the beginning of them that an interruption left."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        first, end, _ = text.partition("\n")
+        header = csv_text(self.columns, []).removesuffix("\n")
+        return first == header if end else header.startswith(first)
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append rows, so that they outlive this process. Raises TrainingError where they cannot be written."""

@@ -163,9 +163,8 @@ def test_installed_commands(command):
 
 
 def test_a_closed_pipe_is_no_error():
-    done = subprocess.run(
-        f"{sys.executable} -m normfree models nf_regnet* | head -n 2", shell=True, capture_output=True, text=True
-    )
+    command = f"{sys.executable} -m normfree models 'nf_regnet_b[012]' | head -n 2"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[1].startswith("nf_regnet_b0\t")
     assert "Traceback" not in done.stderr
 

@@ -16,7 +16,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("to", ["onnx", "pt2"])
+@pytest.mark.parametrize("to", slow_but({"onnx"}, ["onnx", "pt2"]))
 @pytest.mark.parametrize("name", slow_but({"nf_resnet26"}, NETWORKS))
 def test_a_file_computes_the_same_on_batches_and_images_of_other_sizes(name, to, tmp_path):
     model = shaken(create_model(name.split()[0], num_classes=4, **NETWORKS[name])).train()

@@ -20,12 +20,11 @@ def register_with_timm() -> None:
     `import normfree` does this by itself where timm has been imported before; else call it. Raises ImportError without
     timm.
     """
-    from timm.models import generate_default_cfgs, register_model
+    from timm.models import generate_default_cfgs, is_model, register_model
 
-    default_cfgs.update(
-        generate_default_cfgs({PREFIX + name: default_cfg(model_config(name)) for name in list_models()})
-    )
-    for name in list_models():
+    new = [name for name in list_models() if not is_model(PREFIX + name)]
+    default_cfgs.update(generate_default_cfgs({PREFIX + name: default_cfg(model_config(name)) for name in new}))
+    for name in new:
         register_model(_entrypoint(name))
 
 

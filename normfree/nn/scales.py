@@ -50,14 +50,14 @@ class Scales(nn.Module):
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new is not old:
-                self._buffers[name] = old if new.is_meta else self._converted(name, old, new)
+                self._buffers[name] = self._converted(name, old, new)
         return self
 
     def _converted(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        """Return the value of `old` where `new` is: of its dtype, but no half precision."""
-        dtype = torch.promote_types(new.dtype, torch.float32)
+        """Return the value of `old` where `new` is, unless on the meta device; of its dtype, but no half precision."""
+        dtype, device = torch.promote_types(new.dtype, torch.float32), old.device if new.is_meta else new.device
         if dtype != old.dtype:
-            exact = torch.tensor(self._digits[name], dtype=torch.float64)
+            exact = torch.tensor(self._digits[name], dtype=torch.float64, device="cpu")
             if torch.equal(exact.to(old.dtype), old.detach().cpu()):  # nobody has set another value
-                return exact.to(new.device, dtype)
-        return old.to(new.device, dtype)
+                return exact.to(device, dtype)
+        return old.to(device, dtype)

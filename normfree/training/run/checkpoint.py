@@ -129,7 +129,8 @@ def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> N
     Tensors are read as safetensors or by torch's weights-only loader, the rest as JSON. Raises TrainingError where a
     file does not fit.
     """
-    from accelerate.utils.constants import FSDP_MODEL_NAME
+    from accelerate.utils import load
+    from accelerate.utils.constants import FSDP_MODEL_NAME, RNG_STATE_NAME
 
     sharded = (path / f"{FSDP_MODEL_NAME}.bin").exists()
     if sharded != accelerator.is_fsdp2:
@@ -137,7 +138,10 @@ def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> N
         raise TrainingError(
             f"{path} was written with {which} parameters (FSDP or not): go on with it as it was launched"
         )
+    states = path / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
     try:
+        if states.exists():  # which accelerate itself passes over, without a word, if it cannot read it
+            load(states)
         accelerator.load_state(str(path))
         if averaged is not None:
             load_full_state(averaged, load_file(path / _AVERAGED))
