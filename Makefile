@@ -5,7 +5,7 @@ OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\([0-9.]*\)".*/\1/p'
 
 .PHONY: demo test slow lint docs dist oldest bench clean
 
-# Characterize four networks and write normfree-report/.
+# Characterize four networks, train three, and write normfree-report/.
 demo: .venv/installed
 	$(BIN)/normfree demo
 

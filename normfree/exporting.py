@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normfree.folding import fold, has_scaled_layers
 from normfree.trace.inputs import first_layer
+from normfree.trace.preparation import in_eval_mode
 
 Format = Literal["onnx", "pt2"]
 
@@ -54,23 +55,17 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
     if not isinstance(first, nn.Conv2d):
         raise ValueError(f"{type(model).__name__} has no 2-D convolution: the shape of its images is not known")
     model = fold(model) if has_scaled_layers(model) else model
-    was_training = [module for module in model.modules() if module.training]
     path = Path(path)
-    try:
-        model.eval()
-        with torch.no_grad():
-            like = first.weight.detach()
-            x = like.new_empty(2, first.in_channels, height, width).normal_()
-            axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-            program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
-            if to == "pt2":
-                torch.export.save(program, path)
-            else:
-                _to_onnx(program, path)
-            return _check(model, path, to, x)
-    finally:
-        for module in was_training:
-            module.training = True
+    with in_eval_mode(model), torch.no_grad():
+        like = first.weight.detach()
+        x = like.new_empty(2, first.in_channels, height, width).normal_()
+        axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
+        if to == "pt2":
+            torch.export.save(program, path)
+        else:
+            _to_onnx(program, path)
+        return _check(model, path, to, x)
 
 
 def _to_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -24,7 +24,7 @@ def vl_convert() -> Any:
     return vl_convert
 
 
-def write(spec: dict[str, Any], path: Path) -> Path:
+def write_chart(spec: dict[str, Any], path: Path) -> Path:
     """A chart as .png, .svg or .html (one file that needs no network). Raises ValueError for another suffix."""
     suffix = path.suffix.lower()
     if suffix == ".png":

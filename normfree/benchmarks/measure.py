@@ -60,7 +60,7 @@ def interleave(
     `spread` of it, or `most_rounds`. The first round is not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(most_rounds + 1):
+    for round_number in range(max(rounds, most_rounds) + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()

@@ -13,16 +13,8 @@ from normfree.benchmarks.inference import inference
 from normfree.benchmarks.measure import ALLOCATORS, Setting, machine
 from normfree.benchmarks.train_step import PEERS as TRAINING_PEERS
 from normfree.benchmarks.train_step import train_step
-from normfree.cli.output import (
-    Json,
-    Size,
-    announce,
-    check_writable,
-    height_and_width,
-    progress,
-    show_json,
-    show_table,
-)
+from normfree.cli.arguments import Size, height_and_width
+from normfree.cli.output import Json, announce, check_writable, progress, show_json, show_table
 from normfree.files import replacing
 from normfree.sources import model_factory
 
@@ -56,14 +48,14 @@ def bench(
         what: A training step (forward and backward) or inference with folded weights.
         model: The network whose ratios are given: nf_resnet50, timm:NAME, torchvision:NAME, package.module:factory.
         convert: Convert it first.
-        peers: Networks to compare with, named likewise; by default those that a user would pick instead.
+        peers: Networks to compare with, named likewise; by default the limit, and what a user would pick instead.
         batch: Number of images.
         size: Height and width of the images, or one number for both.
         peer_size: That of the peers, where it is another one.
         channels_last: Memory layout.
         allocator: "tuned" makes glibc keep what is freed, which takes page faults out of the comparison.
         threads: Number of threads of PyTorch.
-        rounds: At least so many in each process; more while the ratios scatter.
+        rounds: At least so many in each process, and up to 15 while the ratios scatter.
         processes: How many, one after the other: where a process's memory comes to lie moves a ratio too.
         out: JSON file for the numbers, the machine and the versions.
         json_output: Print those as JSON instead of a table.

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from normfree.cli.model_sources import Input, image_function, network_factory
-from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json, working
+from normfree.cli.arguments import Input, Size, height_and_width, image_function, network_factory
+from normfree.cli.output import Json, announce, check_writable, show_json, working
 from normfree.conversion import convert as convert_model
 from normfree.signal import compare
 from normfree.signal.figure import SUFFIXES
@@ -32,7 +32,7 @@ def convert(
     """Convert a network with BatchNorm into one without, with the signal of the given images under control.
 
     Args:
-        model: timm:NAME, torchvision:NAME, or package.module:factory, which may load its weights.
+        model: timm:NAME, torchvision:NAME, package.module:factory, which may load its weights, or the folder of a run.
         input: White noise, crops of two real photographs, or images of a folder; best are images of yours.
         batch: Number of images to calibrate with.
         size: Height and width, or one number for both; the model's own if not given.

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from normfree.cli.model_sources import network_factory
-from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, show_json, working
+from normfree.cli.arguments import Size, height_and_width, network_factory
+from normfree.cli.output import Json, announce, check_writable, show_json, working
 from normfree.exporting import Format
 from normfree.exporting import export as export_model
 

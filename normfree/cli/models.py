@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from normfree.cli.output import Json, Size, height_and_width, progress, show_json, show_table
+from normfree.cli.arguments import Size, height_and_width
+from normfree.cli.output import Json, progress, show_json, show_table
 from normfree.errors import suggest
 from normfree.models import list_models
 from normfree.models.cost import Cost, cost

@@ -1,4 +1,4 @@
-"""Output of the commands: tables or JSON, files, and the progress bar; and the size that they are given."""
+"""Output of the commands: tables or JSON, files, and the progress bar."""
 
 import contextlib
 import json
@@ -14,18 +14,6 @@ from rich.table import Table
 
 Json = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
 """Type of the flag that asks for JSON instead of a table."""
-
-Size = Annotated[tuple[int, ...], tyro.conf.arg(metavar="H [W]", help_behavior_hint="")]
-"""Type of an image size: height and width, or one number for both; read by `height_and_width`."""
-
-
-def height_and_width(size: tuple[int, ...]) -> tuple[int, int] | None:
-    """Read a size; None where none is given. Raises ValueError for more than two numbers, or less than one pixel."""
-    if len(size) > 2:
-        raise ValueError(f"size is {size}; give height and width, or one number for both")
-    if size and min(size) < 1:
-        raise ValueError(f"size is {size}; height and width must be at least 1 pixel")
-    return (size[0], size[-1]) if size else None
 
 
 def first_process() -> bool:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from normfree.cli.model_sources import Input, image_function, network_factory
-from normfree.cli.output import Json, Size, announce, check_writable, height_and_width, progress
+from normfree.cli.arguments import Input, Size, height_and_width, image_function, network_factory
+from normfree.cli.output import Json, announce, check_writable, progress
 from normfree.signal import SignalReport, characterize
 from normfree.signal.figure import SUFFIXES, compare
 from normfree.signal.formats import to_json
@@ -24,7 +24,7 @@ def spp(
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html|.png|.svg|.csv|.json")] = None,
     json_output: Json = False,
 ) -> None:
-    """Signal propagation: channel mean and variance at every residual block, at initialisation.
+    """Signal propagation: channel mean and variance at every residual block, at initialisation or of a trained network.
 
     Args:
         models: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory, or the folder of a run.

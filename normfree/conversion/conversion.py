@@ -24,7 +24,7 @@ from normfree.errors import SignalError
 from normfree.signal import SignalReport, characterize
 from normfree.trace.inputs import as_call
 from normfree.trace.joins import find_joins
-from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, opened
+from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, opened_branches
 from normfree.trace.tape import Tape
 from normfree.trace.watched import refuse_unrunnable, run_watched
 
@@ -147,7 +147,7 @@ def convert(
     run_watched(model, tape, *call)
     exactly = keep == "function"
     plan, changes = _decide(model, tape, paths, exclude, exactly=exactly, scale_depthwise=depthwise == "scale")
-    departure = _follow(plan, model, tape, call, exactly, 0.2 if alpha is None else alpha)
+    departure = _apply_and_calibrate(plan, model, tape, call, exactly, 0.2 if alpha is None else alpha)
     with _all_running(model, plan):
         after = characterize(model, images)
     return Conversion(model, changes, before, after, departure, plan)
@@ -165,7 +165,7 @@ def _decide(
     return plan, list_changes(model, plan, kept)
 
 
-def _follow(
+def _apply_and_calibrate(
     plan: Plan, model: nn.Module, tape: Tape, call: tuple[tuple[Any, ...], dict[str, Any]], exactly: bool, alpha: float
 ) -> float:
     """Apply the plan, and unless `exactly` set all scales; return the largest departure of a branch's variance."""
@@ -178,7 +178,7 @@ def _follow(
         layers[planned.path].out_scale.fill_(alpha if planned.skip_gain else 1)
     after_norms = [planned.path for planned in plan.layers if planned.norm is not None]
     shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
-    with opened(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
+    with opened_branches(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
         return calibrate(layers, shifts, lambda tape: run_watched(model, tape, *call))
 
 

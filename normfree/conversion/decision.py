@@ -52,7 +52,7 @@ def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: 
     if reason := norm_refusal(model.get_submodule(path)):
         return reason
     for source in sorted(sources):
-        reason = "excluded" if is_excluded(source, exclude) else refusal(model.get_submodule(source))
+        reason = "excluded" if is_excluded(source, exclude) else layer_refusal(model.get_submodule(source))
         if reason:
             return f"normalizes the output of {source or 'the model'}: {reason}"
     return ""
@@ -116,7 +116,7 @@ def _carrier(model: nn.Module, structure: Structure, norm: str) -> str | None:
     return layer if weight.shape == (out_channels(model.get_submodule(layer)),) else None
 
 
-def refusal(module: nn.Module) -> str:
+def layer_refusal(module: nn.Module) -> str:
     """Say why a weight layer cannot be replaced; "" if it can."""
     if isinstance(module, ScaledWS):
         return "it is scaled and weight-standardized already"

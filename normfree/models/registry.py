@@ -88,7 +88,10 @@ def from_pretrained(source: str | Path, **arguments: Any) -> ResidualNetwork:
     families: dict[str, Any] = {network.__name__: network for network, _ in _FAMILIES}
     family = described.get("family") if isinstance(described, dict) else None
     if family not in families:
-        raise ValueError(f"{path} has family {family!r}; it must be one of {', '.join(families)}")
+        raise ValueError(
+            f"{path} is not of a network that save_pretrained wrote: its family is {family!r}, not one of "
+            f"{', '.join(families)} (normfree.training.load_run loads the folder of a run)"
+        )
     return families[family].from_pretrained(source, **arguments)
 
 

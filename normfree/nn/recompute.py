@@ -25,14 +25,14 @@ def recomputing(result: Tensor, function: Callable[..., Tensor], *sources: Tenso
     if not _possible(result):
         yield
         return
-    entry = (result, _Recipe(function, [_recipes.of.get(id(s), (None, s))[1] for s in sources]))
-    _recipes.of[id(result)] = entry
+    entry = (result, _Recomputation(function, [_recomputations.of.get(id(s), (None, s))[1] for s in sources]))
+    _recomputations.of[id(result)] = entry
     hooked = _torch.saved_tensors_hooks()[1] is not None  # by an enclosing `recomputing`
     try:
         with contextlib.nullcontext() if hooked else torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        del _recipes.of[id(result)]
+        del _recomputations.of[id(result)]
 
 
 def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor) -> Any:
@@ -44,13 +44,13 @@ def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor
     return contextlib.nullcontext()
 
 
-class _Recipes(threading.local):
+class _Recomputations(threading.local):
     def __init__(self) -> None:
-        self.of: dict[int, tuple[Tensor, _Recipe]] = {}
+        self.of: dict[int, tuple[Tensor, _Recomputation]] = {}
 
 
-class _Recipe:
-    def __init__(self, function: Callable[..., Tensor], sources: list["Tensor | _Recipe | None"]) -> None:
+class _Recomputation:
+    def __init__(self, function: Callable[..., Tensor], sources: list["Tensor | _Recomputation | None"]) -> None:
         self.function = function
         self.sources = [s.detach() if isinstance(s, Tensor) else s for s in sources]
         self.versions = [s._version if isinstance(s, Tensor) else 0 for s in sources]
@@ -63,19 +63,19 @@ class _Recipe:
                     f"shape {tuple(source.shape)}, version {source._version}, expected {version}"
                 )
         with torch.no_grad():
-            return self.function(*(s() if isinstance(s, _Recipe) else s for s in self.sources))
+            return self.function(*(s() if isinstance(s, _Recomputation) else s for s in self.sources))
 
 
-_recipes = _Recipes()
+_recomputations = _Recomputations()
 
 
 def _pack(tensor: Tensor) -> Any:
-    result, recipe = _recipes.of.get(id(tensor), (None, None))
+    result, recipe = _recomputations.of.get(id(tensor), (None, None))
     return recipe if result is tensor else tensor
 
 
 def _unpack(packed: Any) -> Tensor:
-    return packed() if isinstance(packed, _Recipe) else packed
+    return packed() if isinstance(packed, _Recomputation) else packed
 
 
 def _possible(result: Tensor) -> bool:

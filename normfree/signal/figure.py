@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.plotting import COLORS, altair, vl_convert, write
+from normfree.plotting import COLORS, altair, vl_convert, write_chart
 from normfree.signal import table
 from normfree.signal.formats import to_csv, to_json
 from normfree.signal.record import STATISTICS, SignalRecords
@@ -130,7 +130,7 @@ class SignalFigure:
         elif suffix == ".html":
             path.write_text(self.to_html(), encoding="utf-8")
         elif suffix in (".svg", ".png"):
-            write(self.to_vega_lite(titled=True), path)
+            write_chart(self.to_vega_lite(titled=True), path)
         else:
             raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(SUFFIXES)}")
         return path

@@ -18,8 +18,8 @@ from normfree.trace.preparation import (
     closed_multipliers,
     closed_parameters,
     is_normalizer,
-    opened,
-    standardizes,
+    opened_branches,
+    standardizes_weights,
 )
 from normfree.trace.tape import Tape
 from normfree.trace.watched import refuse_unrunnable, run_watched
@@ -137,13 +137,13 @@ class _Measurement:
             records=tuple(records.rows),
             opened=tuple(records.opened),
             normalizers=tuple(sorted({type(m).__name__ for m in self.model.modules() if is_normalizer(m)})),
-            standardized=any(map(standardizes, self.model.modules())),
+            standardized=any(map(standardizes_weights, self.model.modules())),
         )
 
     def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":
         tape = Tape()
         reader = Reader(self.model, tape)
-        with opened(self.model, names):
+        with opened_branches(self.model, names):
             run_watched(
                 self.model,
                 tape,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.plotting import altair, write
+from normfree.plotting import altair, write_chart
 from normfree.signal.record import STATISTICS
 
 _SHOWN = ("variance", "squared_mean", "gradient_variance", "residual_variance")
@@ -35,4 +35,4 @@ def draw_signal(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     if not panels:
         raise ValueError("the monitor has measured nothing yet")
     pairs = [alt.hconcat(*panels[i : i + 2]).resolve_scale(color="independent") for i in range(0, len(panels), 2)]
-    return write(alt.vconcat(*pairs).resolve_scale(color="independent").to_dict(), path)
+    return write_chart(alt.vconcat(*pairs).resolve_scale(color="independent").to_dict(), path)

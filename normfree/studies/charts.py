@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.plotting import COLORS, altair, write
+from normfree.plotting import COLORS, altair, write_chart
 from normfree.studies.columns import read_signal, recipe_macs
 from normfree.studies.study import Entry, Study
 
@@ -21,7 +21,7 @@ def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
     columns = list(dict.fromkeys(entry.cell.column for entry in entries))
     panels = [_panel(study, points, columns, axis) for axis in study.chart_axes]
     chart = altair().hconcat(*panels, spacing=24).configure_legend(orient="top", labelLimit=0, columns=3)
-    return write(chart.configure_view(stroke="#cccccc").to_dict(), path)
+    return write_chart(chart.configure_view(stroke="#cccccc").to_dict(), path)
 
 
 def _points(study: Study, entry: Entry) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis:
     return line + chart.mark_point(filled=True).encode(x=x, y=alt.Y("accuracy:Q", **accuracy), color=color)
 
 
-def draw_signal(entries: Sequence[Entry], source: Path, path: Path) -> Path:
+def draw_signal_moments(entries: Sequence[Entry], source: Path, path: Path) -> Path:
     """Draw the average channel variance over the blocks, a panel per row: start, middle and end of a training."""
     alt = altair()
     moments = ("start", "middle", "end")
@@ -71,4 +71,4 @@ def draw_signal(entries: Sequence[Entry], source: Path, path: Path) -> Path:
         color=alt.Color("moment:N", title=None, sort=moments).scale(domain=moments, range=COLORS),
     )
     faceted = chart.facet(alt.Facet("row:N", title=None, sort=None, header=alt.Header(labelLimit=0)), columns=3)
-    return write(faceted.configure_legend(orient="top").to_dict(), path)
+    return write_chart(faceted.configure_legend(orient="top").to_dict(), path)

@@ -103,7 +103,7 @@ def _row(network: str, conversion: Conversion, finite: bool) -> Row:
     after, before = (
         report.records if report.kind == "join" else () for report in (conversion.after, conversion.before)
     )
-    ratios = [record.variance / expected for record, expected in zip(after, ledger(after), strict=True)]
+    ratios = [record.variance / expected for record, expected in zip(after, expected_variances(after), strict=True)]
     first = next((i for i, record in enumerate(after) if record.shortcut == "projection"), len(after))
     return Row(
         network=network,
@@ -122,7 +122,7 @@ def _row(network: str, conversion: Conversion, finite: bool) -> Row:
     )
 
 
-def ledger(records: Sequence[SignalRecord]) -> Iterator[float]:
+def expected_variances(records: Sequence[SignalRecord]) -> Iterator[float]:
     """The expected variance at every join: a stage or a projection begins anew."""
     variance, stage = VarianceLedger(ALPHA), 0
     for record in records:
@@ -209,7 +209,7 @@ EXPLAINED: dict[str, str] = {
 """Why a network is not as it should be; one that is not and has no entry here fails the measurement."""
 
 
-def page(rows: Sequence[tuple[Row, Row]], command: str) -> str:
+def render_page(rows: Sequence[tuple[Row, Row]], command: str) -> str:
     """docs/coverage.md: a line per network, on noise and on photographs, and what there is to say of some."""
     exceptions = [
         f"- `{noise.network}`: {_words(noise, photos)}. {EXPLAINED.get(noise.network, 'Unexplained.')}"
@@ -289,7 +289,7 @@ def main() -> None:
         rows.append((pair[0], pair[1]))
         print(f"{_line(*rows[-1])} {_words(*rows[-1])}", flush=True)
     if options.out is not None:
-        options.out.write_text(page(rows, "python -m normfree.studies.coverage --out docs/coverage.md"))
+        options.out.write_text(render_page(rows, "python -m normfree.studies.coverage --out docs/coverage.md"))
     unexplained = [row.network for pair in rows for row in pair if row.exceptions and row.network not in EXPLAINED]
     if unexplained:
         raise SystemExit(f"not as they should be, and not explained: {', '.join(dict.fromkeys(unexplained))}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.files import csv_text, replacing
-from normfree.studies.charts import draw_signal, draw_study
+from normfree.studies.charts import draw_signal_moments, draw_study
 from normfree.studies.study import Entry, Study
 
 _COLUMNS = ("row", "column", "lr", "mean", "accuracies", "failed", "seconds")
@@ -48,7 +48,7 @@ def write_results(study: Study, out: Path, entries: Sequence[Entry]) -> list[Pat
     if any(entry.accuracies for entry in entries):
         written.append(draw_study(study, entries, out / "chart.png"))
     if (out / "signal.csv").exists():
-        written.append(draw_signal(entries, out / "signal.csv", out / "signal.png"))
+        written.append(draw_signal_moments(entries, out / "signal.csv", out / "signal.png"))
     return written
 
 

@@ -42,7 +42,7 @@ def run_study(
     loaded = functools.cache(load)
     with shared_processes() as processes:
         for cell in _chosen(study, only):
-            while (todo := _next(study, cell, table, seeds)) is not None:
+            while (todo := _next_rate_and_seed(study, cell, table, seeds)) is not None:
                 lr, seed = todo
                 if processes.is_main_process:
                     on_message(f"{cell.row}, {study.column_title} {cell.column}, rate {lr:g}, seed {seed}")
@@ -79,7 +79,7 @@ def read_entries(study: Study, out: Path, seeds: int) -> list[Entry]:
     return found
 
 
-def _next(study: Study, cell: Cell, table: TrainingTable, seeds: int) -> tuple[float, int] | None:
+def _next_rate_and_seed(study: Study, cell: Cell, table: TrainingTable, seeds: int) -> tuple[float, int] | None:
     """Choose the learning rate and the seed of the cell's next training; None where all have run.
 
     The first seed tries rates from the middle one downwards, or else upwards, until both neighbours of the best are

@@ -14,30 +14,40 @@ _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.R
 
 
 @contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold every module in eval mode; each gets back its own mode, so that what was frozen stays so."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def measuring(model: nn.Module, *, batch_stats: bool) -> Iterator[None]:
     """Hold every module in eval mode; with `batch_stats`, unfrozen BatchNorm normalizes with the batch's statistics.
 
     Buffers are not touched: a BatchNorm without running statistics uses the batch's. Fused paths that hide operations
     are off. Everything is restored on the way out.
     """
-    training = {module: module.training for module in model.modules()}
-    frozen = {module for module in training if isinstance(module, _BATCH_NORM) and _is_frozen(module, model)}
+    frozen = {module for module in model.modules() if isinstance(module, _BATCH_NORM) and _is_frozen(module, model)}
     hidden: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for module in training:
-            module.training = False
+        for module in model.modules():
             if batch_stats and isinstance(module, _BATCH_NORM) and module not in frozen and not is_quantized(module):
                 names = ("running_mean", "running_var")
                 hidden.append((module, {name: module._buffers[name] for name in names}))
                 module._buffers.update(dict.fromkeys(names))
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         for module, buffers in hidden:
             module._buffers.update(buffers)
-        for module, mode in training.items():
-            module.training = mode
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
@@ -59,7 +69,7 @@ def is_normalizer(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and hasattr(module, "eps")
 
 
-def standardizes(module: nn.Module) -> bool:
+def standardizes_weights(module: nn.Module) -> bool:
     """Tell whether a module standardizes its weights: it says so (`standardize`), or is called "…Std…", as timm's."""
     return bool(getattr(module, "standardize", "Std" in type(module).__name__))
 
@@ -93,7 +103,7 @@ def closed_multipliers(model: nn.Module, names: set[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def opened(model: nn.Module, names: list[str]) -> Iterator[None]:
+def opened_branches(model: nn.Module, names: list[str]) -> Iterator[None]:
     """Hold the named parameters at one; their memory is exchanged, not written."""
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].data for name in names}

@@ -83,7 +83,7 @@ def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int, clas
     Raises TrainingError where it fails or gives no logits of so many classes.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for mode, size in (("training", images.shape[-1]), ("testing", test_size)):
             model.train(mode == "training")
@@ -97,10 +97,11 @@ def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int, clas
                 raise TrainingError(f"{name} gives {given} in {mode}, not {wanted}")
     for buffer, value in before:
         buffer.copy_(value)
-    model.train(training)
+    for module, training in modes.items():  # each its own: what was frozen stays so
+        module.training = training
 
 
-def sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
+def image_sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
     """Image sizes for training and testing, in pixels: the recipe's, or the model's own."""
     declared: Any = getattr(model, "default_cfg", None) or {}
     train = recipe.image_size or int(input_shape(model)[-1])

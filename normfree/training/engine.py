@@ -16,7 +16,7 @@ from normfree.errors import NotFiniteError, TrainingError
 from normfree.signal.monitor import SignalMonitor
 from normfree.training.data.batches import Batch
 from normfree.training.data.datasets import Data, load
-from normfree.training.evaluation import evaluate, too_many
+from normfree.training.evaluation import evaluate, too_many_unreadable
 from normfree.training.interruption import Interruption
 from normfree.training.metrics import Accuracy
 from normfree.training.nonfinite import locate_nonfinite
@@ -109,7 +109,7 @@ class Training:
         accelerator.wait_for_everyone()  # until every process has found the folder in order
         if accelerator.is_main_process:
             self.writer.checkpoints.clean()
-            folder.write(out, recipe, self.setup.data.data, self.setup.network.plan)
+            folder.write_run(out, recipe, self.setup.data.data, self.setup.network.plan)
         accelerator.wait_for_everyone()
 
     # ---- the run
@@ -266,7 +266,9 @@ class Training:
         self._advance(unreadable=(*self.position.unreadable, *new))
         known = self.position.unreadable
         if len(known) > self.recipe.max_unreadable:
-            raise TrainingError(f"{too_many(known, self.recipe.max_unreadable)}; {self.writer.checkpoints.last_good()}")
+            raise TrainingError(
+                f"{too_many_unreadable(known, self.recipe.max_unreadable)}; {self.writer.checkpoints.last_good()}"
+            )
 
     # ---- measurements
 

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.trace.preparation import in_eval_mode
 from normfree.training.data.batches import Examples, Loader, Order, Parts, loader
 from normfree.training.data.datasets import Data
 from normfree.training.data.transforms import Normalization, testing_transform
-from normfree.training.metrics import Accuracy, accumulator, totals
+from normfree.training.metrics import Accuracy, accumulator, batch_totals
 from normfree.training.recipes import Recipe
 
 
@@ -45,26 +46,22 @@ def evaluate(
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             buffer.copy_(broadcast(buffer))
-    training = model.training
-    model.eval()
     total = accumulator(4, accelerator.device)
     unreadable: list[str] = []
-    try:
+    with in_eval_mode(model):
         for done, batch in enumerate(batches, start=1):
             images = normalized(batch.images, accelerator.device)
             labels, weights = (t.to(accelerator.device) for t in batch[1:3])
             with accelerator.autocast():
                 logits = model(images)
-            total += totals(logits, labels, weights)
+            total += batch_totals(logits, labels, weights)
             unreadable += batch.unreadable
             advance(done, len(batches))
-    finally:
-        model.train(training)
     count, loss, first, five = accelerator.reduce(total, "sum").tolist()
     read = max(count, 1)
     return Accuracy(round(count), loss / read, 100 * first / read, 100 * five / read), gather_object(unreadable)
 
 
-def too_many(unreadable: Sequence[str], limit: int) -> str:
+def too_many_unreadable(unreadable: Sequence[str], limit: int) -> str:
     """Say that more images cannot be read than are allowed to."""
     return f"{len(unreadable)} images cannot be read, more than max_unreadable={limit}: {', '.join(unreadable[:5])}, …"

@@ -22,7 +22,7 @@ def accumulator(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def totals(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def batch_totals(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum over a batch, (4,): weight, cross-entropy, right first guesses, right ones among five."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from normfree.training.recipes import Recipe
-from normfree.training.sharding import configure
+from normfree.training.sharding import configure_fsdp
 
 
 def _on_cpus() -> bool:
@@ -88,7 +88,7 @@ def accelerator_for(recipe: Recipe, out: Path) -> Iterator[Any]:
                 "(--use_fsdp --fsdp_version 2)"
             )
         if accelerator.is_fsdp2:
-            configure(accelerator.state.fsdp_plugin)
+            configure_fsdp(accelerator.state.fsdp_plugin)
         if trackers:
             described = {name: str(value) for name, value in dataclasses.asdict(recipe).items()}
             accelerator.init_trackers("normfree", config=described)

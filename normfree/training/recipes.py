@@ -36,7 +36,7 @@ class Recipe:
     initial: str = ""  # .safetensors of parameters to begin with, before a conversion, such as another run's; "": new
     convert: bool = False  # first replace the model's normalizers, its signal set on training images
     convert_args: tuple[str, ...] = ()  # arguments of the conversion, such as alpha=1 or keep=function
-    data: str  # digits, fashion_mnist, instances:PATH, or a dataset of timm's such as imagefolder:PATH, wds/NAME:PATH
+    data: str  # digits, fashion_mnist, instances:PATH, wds/NAME:PATH, imagefolder:PATH, torch/NAME:PATH or hfds/…
     train_images: int | None = None  # how many of the training images, evenly spaced; None: all
     image_size: int | None = None  # pixels; None: the model's own
     test_size: int | None = None  # pixels of test images; None: the model's own, or those of training

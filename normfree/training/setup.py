@@ -9,7 +9,15 @@ from torch import nn
 
 from normfree.conversion import Plan, convert
 from normfree.optim import param_groups
-from normfree.training.build import build, check_runs, classifiers, load_weights, model_channels, sizes, weight_decay
+from normfree.training.build import (
+    build,
+    check_runs,
+    classifiers,
+    image_sizes,
+    load_weights,
+    model_channels,
+    weight_decay,
+)
 from normfree.training.data.batches import Examples, Loader, Order, Parts, collate, loader
 from normfree.training.data.datasets import Data, Subset
 from normfree.training.data.mixing import Mixing
@@ -106,7 +114,7 @@ def _prepare_data(recipe: Recipe, accelerator: Any, data: Data, model: nn.Module
         even=bool(recipe.mixup or recipe.cutmix), dealt=recipe.cut == "dealt",
         labels=None if recipe.cut == "shuffled" else data.train.labels,
     )  # fmt: skip
-    train_size, test_size = sizes(recipe, model)
+    train_size, test_size = image_sizes(recipe, model)
     channels = model_channels(model, data)
     images = torch.zeros(2, channels, train_size, train_size, dtype=_dtype(recipe))
     check_runs(model, recipe.model, images, test_size, data.classes)

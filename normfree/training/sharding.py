@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
-def configure(plugin: Any) -> None:
+def configure_fsdp(plugin: Any) -> None:
     """Set accelerate's FSDP up as this training needs it. Raises ValueError where it cannot."""
     if plugin.activation_checkpointing:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from normfree.errors import SingleValueError
 from normfree.signal.monitor import SignalMonitor
 from normfree.training.data.batches import Batch
-from normfree.training.metrics import accumulator, totals
+from normfree.training.metrics import accumulator, batch_totals
 from normfree.training.setup import Setup
 from normfree.training.sharding import full_tensor
 
@@ -64,7 +64,7 @@ class Step:
             with torch.no_grad():
                 sums[0] += loss * count
                 if not mixed:
-                    sums[1:3] += totals(logits.detach(), targets, weights)[2:4]
+                    sums[1:3] += batch_totals(logits.detach(), targets, weights)[2:4]
         sums[3], sums[4] = float(stop_requested), float(unreadable)
         if monitor is not None:
             monitor.collect()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.studies.coverage import EXPLAINED, NETWORKS, measure, page
+from normfree.studies.coverage import EXPLAINED, NETWORKS, measure, render_page
 from tests.helpers import slow_but
 
 MEASURED = ["timm:resnetv2_50", "timm:efficientnet_b0", "timm:dla34", "timm:fbnetc_100"]
@@ -40,7 +40,7 @@ def test_what_is_not_as_it_should_be_is_said():
     bad = replace(good, network="n", lowest=0.1, highest=5.0, after_projection=1.5, growth=0.5, finite=False,
                   departure=0.3, kept=("bn: excluded",))  # fmt: skip
     assert len(bad.exceptions) == 6
-    text = page([(good, good), (bad, good)], "command")
+    text = render_page([(good, good), (bad, good)], "command")
     assert "- `n`: on noise variance 0.10 of the ledger's, variance 5.00 times" in text
     assert "not finite. Unexplained." in text
     assert "- `n`: bn: excluded" in text

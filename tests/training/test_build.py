@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normfree.cli.model_sources import network_factory
+from normfree.cli.arguments import network_factory
 from normfree.errors import TrainingError
 from normfree.training import evaluate_run, load_run, train
 from normfree.training.build import build, classifiers

@@ -77,7 +77,8 @@ def load(spec: str) -> Data:
               images the upper and the lower square of the right half
             - `wds/NAME:PATH`: the tar files of webdataset in a folder: NAME…train….tar and NAME…val….tar (or test);
               `wds:PATH` takes all names
-            - `NAME:PATH`: any data set of timm with an index, such as `imagefolder:PATH` or `torch/cifar10:PATH`
+            - `imagefolder:PATH`: folders `train` and `val` (or `test`) with a folder for each class
+            - `torch/NAME:PATH`, `hfds/NAME`: torchvision's and Hugging Face's data sets, through timm
 
     Returns:
         Images with labels, for training and for testing.

@@ -96,7 +96,7 @@ class Checkpoints:
         """Find the newest complete checkpoint, and what is wrong with those that are newer."""
         problems: list[str] = []
         for path in sorted(self.folder.glob("step_*"), reverse=True):
-            problem = damage(path)
+            problem = find_damage(path)
             if problem is None:
                 return path, problems
             problems.append(f"{path} is damaged: {problem}")
@@ -149,7 +149,7 @@ def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> N
         raise TrainingError(f"{path} does not fit this training: {error}") from error
 
 
-def damage(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """Say what is wrong with the files of a checkpoint, or None."""
     try:
         files: Mapping[str, Any] = json.loads((path / _MANIFEST).read_text())["files"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.files import read_csv
-from normfree.plotting import COLORS, altair, write
+from normfree.plotting import COLORS, altair, write_chart
 
 
 def draw_curves(runs: Sequence[Path], path: Path) -> Path:
@@ -13,7 +13,9 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
 
     Raises ValueError for another suffix, ImportError without the extra "charts", OSError for a folder without metrics.
     """
-    return write(_chart(altair(), [point for run in runs for point in read_curves(run)], len(runs) > 1).to_dict(), path)
+    return write_chart(
+        _chart(altair(), [point for run in runs for point in read_curves(run)], len(runs) > 1).to_dict(), path
+    )
 
 
 _KINDS = {"train": "training", "eval": "test", "eval_ema": "test, averaged"}

@@ -53,7 +53,7 @@ def check_data(spec: str, data: Data, out: Path) -> None:
         raise ValueError(f"{spec} has {'; '.join(changed)} when {out} was begun: the run cannot go on as it began")
 
 
-def write(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
+def write_run(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
     """Write the descriptions. Raises TrainingError where they cannot be written."""
     texts = {RECIPE: recipe.to_json(), DATA: json.dumps(_description(data), ensure_ascii=False) + "\n"}
     if plan is not None:
@@ -63,7 +63,7 @@ def write(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-def read(run: Path) -> tuple[Recipe, Description]:
+def read_run(run: Path) -> tuple[Recipe, Description]:
     """Read the recipe and the description of the data. Raises ValueError for a folder that lacks them."""
     recipe = Recipe.from_json(run / RECIPE)
     known = _read_description(run)

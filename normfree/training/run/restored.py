@@ -12,10 +12,10 @@ from torch import nn
 from normfree.conversion.plan import Plan
 from normfree.conversion.replacement import apply_plan
 from normfree.errors import TrainingError
-from normfree.training.build import build, load_weights, model_channels, sizes
+from normfree.training.build import build, image_sizes, load_weights, model_channels
 from normfree.training.data import load
 from normfree.training.data.transforms import Normalization
-from normfree.training.evaluation import evaluate, testing_loader, too_many
+from normfree.training.evaluation import evaluate, testing_loader, too_many_unreadable
 from normfree.training.metrics import Accuracy
 from normfree.training.processes import accelerator_for
 from normfree.training.run import folder
@@ -39,7 +39,7 @@ def load_run(run: str | Path, *, weights: str | Path | None = None, trusted_mode
         TrainingError: For weights that do not fit.
     """
     run, holder = _run_of(run), Path(run)
-    recipe, described = folder.read(run)
+    recipe, described = folder.read_run(run)
     if ":" in recipe.model and not recipe.model.startswith(("timm:", "torchvision:")) and trusted_model != recipe.model:
         raise ValueError(
             f"{run} would import and call {recipe.model}: name it too, if you trust it (normfree eval {run} "
@@ -94,13 +94,13 @@ def evaluate_run(
         FileNotFoundError: Where there are no weights.
         TrainingError: Where more images cannot be read than the run's recipe allows.
     """
-    recipe, known = folder.read(_run_of(run))
+    recipe, known = folder.read_run(_run_of(run))
     network = load_run(run, weights=weights, trusted_model=trusted_model)
     tested = load(data or recipe.data)
     if tested.classes != known.classes or (tested.names and known.names and tested.names != known.names):
         raise ValueError(f"{data or recipe.data} has other classes than the network was trained on")
     with accelerator_for(replace(recipe, log=()), _run_of(run)) as accelerator:
-        size, channels = sizes(recipe, network)[1], model_channels(network, known)
+        size, channels = image_sizes(recipe, network)[1], model_channels(network, known)
         normalized = Normalization(known, channels, next(network.parameters()).dtype)
         with contextlib.closing(testing_loader(recipe, tested, size, channels, accelerator)) as batches:
             accuracy, unreadable = evaluate(
@@ -108,7 +108,7 @@ def evaluate_run(
             )
     names = list(dict.fromkeys(unreadable))
     if len(names) > recipe.max_unreadable:
-        raise TrainingError(too_many(names, recipe.max_unreadable))
+        raise TrainingError(too_many_unreadable(names, recipe.max_unreadable))
     for name in names:
         warnings.warn(f"cannot read {name}", stacklevel=2)
     return accuracy

@@ -13,7 +13,7 @@ import torch
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, train
 from normfree.training.run import checkpoint
-from normfree.training.run.checkpoint import Checkpoints, Position, damage
+from normfree.training.run.checkpoint import Checkpoints, Position, find_damage
 
 RECIPE = dataclasses.replace(
     RECIPES["digits"], model_args=("width=0.25",), epochs=1, batch=200, lr=0.1, log_every=4, checkpoint_every=2, keep=3
@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_last_good_one(checkpoints, error):
     with pytest.raises(TrainingError, match=r"cannot write a checkpoint.*the last good checkpoint is .*step_00000001"):
         checkpoints.save(Process(error), Position(step=2), None)
     assert [p.name for p in checkpoints.folder.iterdir()] == ["step_00000001"]
-    assert damage(checkpoints.folder / "step_00000001") is None
+    assert find_damage(checkpoints.folder / "step_00000001") is None
 
 
 def test_a_file_where_the_folder_should_be_is_an_error(tmp_path):
@@ -91,7 +91,7 @@ def test_a_damaged_newer_one_does_not_push_out_a_new_one(tmp_path):
     assert newest.name == "step_00000015"
     checkpoints.save(Process(), Position(step=20), None)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000020"]
-    assert damage(checkpoints.folder / "step_00000020") is None
+    assert find_damage(checkpoints.folder / "step_00000020") is None
 
 
 def test_a_run_goes_on_from_the_last_whole_one_and_ends_the_same(tmp_path):
@@ -152,7 +152,7 @@ def test_a_file_that_could_run_code_is_refused_and_runs_none(name, tmp_path):
     torch.save(Runs(witness), newest / name)
     (newest / "manifest.json").unlink()
     checkpoint._seal(newest)
-    assert damage(newest) is None
+    assert find_damage(newest) is None
     try:
         with pytest.raises(TrainingError, match="does not fit this training: Weights only load failed"):
             train(RECIPE, out, resume="auto", quiet=True)

@@ -1,4 +1,4 @@
-"""Models and images that commands are given, each named in one way everywhere."""
+"""Arguments of the commands: models, images and their sizes, each given in one way everywhere."""
 
 import functools
 from collections.abc import Callable
@@ -15,6 +15,9 @@ from normfree.trace.inputs import input_shape, noise
 Input = Annotated[str, tyro.conf.arg(metavar="noise|photos|DIR")]
 """Type of the images of a command: white noise, crops of two real photographs, or images of a folder."""
 
+Size = Annotated[tuple[int, ...], tyro.conf.arg(metavar="H [W]", help_behavior_hint="")]
+"""Type of an image size: height and width, or one number for both; read by `height_and_width`."""
+
 
 def network_factory(name: str) -> Callable[[], nn.Module]:
     """Apply `model_factory`; the folder of a run, or of one of its checkpoints, names the trained network."""
@@ -30,3 +33,12 @@ def image_function(source: str, batch: int, size: tuple[int, int] | None) -> Cal
     if source == "noise":
         return functools.partial(noise, batch=batch, size=size)
     return batch_function(source, batch, functools.partial(input_shape, size=size))
+
+
+def height_and_width(size: tuple[int, ...]) -> tuple[int, int] | None:
+    """Read a size; None where none is given. Raises ValueError for more than two numbers, or less than one pixel."""
+    if len(size) > 2:
+        raise ValueError(f"size is {size}; give height and width, or one number for both")
+    if size and min(size) < 1:
+        raise ValueError(f"size is {size}; height and width must be at least 1 pixel")
+    return (size[0], size[-1]) if size else None
