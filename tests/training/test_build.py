@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 
 from normfree.cli.arguments import network_factory
 from normfree.errors import TrainingError
 from normfree.training import evaluate_run, load_run, train
-from normfree.training.build import build, classifiers
+from normfree.training.build import build, check_runs, classifiers
 from normfree.training.data.datasets import load
 from normfree.training.processes import accelerator_for
 from normfree.training.setup import prepare
@@ -227,3 +228,14 @@ def test_a_model_that_cannot_be_trained_is_found_before_anything_is_written(chan
     with pytest.raises((TrainingError, ValueError), match=message):
         train(recipe, tmp_path / "run", quiet=True)
     assert train(dataclasses.replace(TINY, batch=720), tmp_path / "run", quiet=True).finished
+
+
+def test_a_trial_run_leaves_every_module_in_its_own_mode_and_its_buffers_as_they_were():
+    """A BatchNorm that its user has frozen stays frozen."""
+    model = torchvision.models.resnet18(num_classes=10).train()
+    model.bn1.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    check_runs(model, "resnet18", torch.zeros(2, 3, 32, 32), 32, 10)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
