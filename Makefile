@@ -24,7 +24,7 @@ lint: .venv/installed
 
 # Build the site, docs/_build/html/index.html; notebooks are run.
 docs: .venv/installed
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 # Build sdist and wheel, and try the wheel in an environment that has nothing else.
 dist: .venv/installed
