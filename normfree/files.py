@@ -76,8 +76,10 @@ def read_csv(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
 def append_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows to a .csv file, on the disk when this returns; a last line that was interrupted is cut off before.
 
-    Raises OSError where it cannot be written.
+    Raises ValueError for a file of other columns, OSError where it cannot be written.
     """
+    if not _has_columns(path, columns):
+        raise ValueError(f"{path} has other columns than {', '.join(columns)}: choose another place")
     held = path.read_bytes() if path.exists() else b""
     if _complete(held) < len(held):
         os.truncate(path, _complete(held))
@@ -85,6 +87,14 @@ def append_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
         file.write(csv_text(columns, rows, header=not _complete(held)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Tell whether a file has these columns, or the beginning of them that an interruption left, or is not there."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    first, end, _ = text.partition("\n")
+    header = csv_text(columns, []).removesuffix("\n")
+    return first == header if end else header.startswith(first)
 
 
 def _complete(text: str | bytes) -> int:
@@ -104,20 +114,13 @@ class Table:
 
         Raises TrainingError for a file of other columns, and where it cannot be written.
         """
-        if not self._is_ours():
+        if not _has_columns(self.path, self.columns):
             raise TrainingError(f"{self.path} is no file of a training, or of another one: choose another place")
         _, rows = read_csv(self.path)
         kept = [row for row in rows if int(row["step"]) < step or (int(row["step"]) == step and keep(row))]
         with replacing(self.path) as path:
             path.write_text(csv_text(self.columns, kept), encoding="utf-8")
         return kept
-
-    def _is_ours(self) -> bool:
-        """Tell whether the file has these columns, or the beginning of them that an interruption left."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        first, end, _ = text.partition("\n")
-        header = csv_text(self.columns, []).removesuffix("\n")
-        return first == header if end else header.startswith(first)
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Append rows, so that they outlive this process. Raises TrainingError where they cannot be written."""

@@ -202,6 +202,15 @@ def test_a_single_line_without_an_end_that_is_no_part_of_the_header_is_refused_a
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "Remember the milk"])
+def test_rows_are_not_appended_to_a_file_of_other_columns(text, tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="has other columns than step, kind, loss"):
+        append_csv(path, COLUMNS, [{"step": 1, "kind": "train", "loss": 0.5}])
+    assert path.read_text() == text
+
+
 def test_a_table_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.csv").mkdir()
     with pytest.raises(TrainingError, match=r"cannot write .*metrics\.csv"):
