@@ -48,7 +48,7 @@ def test_a_folder_of_no_network_of_ours_is_refused(tmp_path):
         from_pretrained(tmp_path)
     for content in ('{"family": "BertModel"}', "[]", "{}"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match="must be one of NFResNet"):
+        with pytest.raises(ValueError, match="not one of NFResNet"):
             from_pretrained(tmp_path)
     create_model("nf_resnet26", width=0.25).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="widths"):

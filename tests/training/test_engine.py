@@ -260,7 +260,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_files_before(tmp_path, monkey
 
     chart = (out / "curves.png").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("normfree.training.run.curves.write", full_of_charts)
+        patch.setattr("normfree.training.run.curves.write_chart", full_of_charts)
         with pytest.raises(TrainingError, match=r"cannot write .*curves\.png: .*No space left"):
             train(TINY, out, resume="auto", quiet=True)
     assert (out / "curves.png").read_bytes() == chart
