@@ -14,16 +14,23 @@ _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.R
 
 
 @contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Hold every module in eval mode; each gets back its own mode, so that what was frozen stays so."""
+def restoring_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own mode back, so that what was frozen stays so."""
     modes = {module: module.training for module in model.modules()}
     try:
-        for module in modes:
-            module.training = False
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Hold every module in eval mode."""
+    with restoring_modes(model):
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 @contextlib.contextmanager

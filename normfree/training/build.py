@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from normfree.errors import TrainingError
 from normfree.sources import model_factory
 from normfree.trace.inputs import first_layer, input_shape
+from normfree.trace.preparation import restoring_modes
 from normfree.training.data.datasets import Description
 from normfree.training.recipes import Recipe, parse_arguments
 
@@ -83,8 +84,7 @@ def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int, clas
     Raises TrainingError where it fails or gives no logits of so many classes.
     """
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    modes = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with restoring_modes(model), torch.random.fork_rng(devices=[]), torch.no_grad():
         for mode, size in (("training", images.shape[-1]), ("testing", test_size)):
             model.train(mode == "training")
             try:
@@ -97,8 +97,6 @@ def check_runs(model: nn.Module, name: str, images: Tensor, test_size: int, clas
                 raise TrainingError(f"{name} gives {given} in {mode}, not {wanted}")
     for buffer, value in before:
         buffer.copy_(value)
-    for module, training in modes.items():  # each its own: what was frozen stays so
-        module.training = training
 
 
 def image_sizes(recipe: Recipe, model: nn.Module) -> tuple[int, int]:
