@@ -5,6 +5,7 @@ Names are looked up when they are used, so that this module can be imported what
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,52 @@ def functorch_is_active() -> bool:
     except AttributeError:
         _warn("torch._C._are_functorch_transforms_active", "weights are standardized and kept the slower way")
         return True
+
+
+def only_eager() -> bool:
+    """Tell whether operations just run, perhaps observed: not compiled, traced, derived forward or transformed.
+
+    Without torch's names: never.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return not (
+            torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state()
+            or torch.autograd.forward_ad._current_level >= 0
+            or (torch._C._len_torch_dispatch_stack() and not only_observed())
+        )
+    except AttributeError:
+        _warn("torch._C._are_functorch_transforms_active", "weights are standardized and kept the slower way")
+        return False
+
+
+def nobody_watches() -> bool:
+    """Tell whether no dispatch mode sees operations, and no hook what is saved. Without torch's names: never."""
+    try:
+        return (
+            not torch._C._len_torch_dispatch_stack()
+            and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        )
+    except AttributeError:
+        _warn("torch._C._autograd._top_saved_tensors_default_hooks", "weights are computed layer by layer")
+        return False
+
+
+def shards() -> bool:
+    """Tell whether some module is sharded by FSDP, which frees weights and takes gradients when it sees fit.
+
+    Without torch's name: wherever processes work together.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return False
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+    except ImportError:
+        _warn("torch.distributed._composable_state._module_state_mapping", "weights are computed layer by layer")
+        return torch.distributed.is_initialized()
+    return bool(_module_state_mapping)
 
 
 def only_observed() -> bool:

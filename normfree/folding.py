@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from normfree.nn.padding import SamePadding
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.surgery import constructor_arguments, kind_of, replace_modules
+from normfree.nn.weight_pass import detach
 
 
 class _Folded(nn.Module):
@@ -49,7 +50,7 @@ class FoldedLinear(_Folded, nn.Linear):
 
 
 # Attributes of our layers and of timm's, which mean nothing to a plain one.
-_DROPPED = ("_digits", "_initial_skip_gain", "same_pad", "scale", "standardize")
+_DROPPED = ("_digits", "_initial_skip_gain", "same_pad", "scale", "standardize", "recompute_weight")
 
 _FOLDED: dict[type[nn.Module], Any] = {
     folded.__bases__[-1]: folded
@@ -85,6 +86,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             replacements[module] = _plain(module)
     if not replacements:
         raise ValueError(f"{type(model).__name__} has no layer with scaled standardized weights: nothing to fold")
+    detach(model)
     return replace_modules(model, replacements, dropped=_DROPPED)
 
 

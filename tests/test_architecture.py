@@ -33,7 +33,7 @@ FLOORS = {
     "exporting": {"folding", "trace"},
     "privacy": {"nn"},
     "sources": {"errors", "models"},
-    "training": GROUND | {"conversion", "models", "signal", "sources", "trace"},
+    "training": GROUND | {"conversion", "models", "nn", "signal", "sources", "trace"},
     "benchmarks": GROUND | {"conversion", "folding", "models", "nn", "signal", "sources", "trace"},
     "studies": GROUND | {"conversion", "models", "nn", "signal", "sources", "trace", "training"},
     "cli": GROUND

@@ -19,6 +19,7 @@ from normfree.nn import (
 from normfree.nn.padding import SameConv2d
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.surgery import Copy, constructor_arguments, kind_of, replace_modules
+from normfree.nn.weight_pass import attach
 
 _SCALED: dict[type[nn.Module], Any] = {
     layer.__bases__[-1]: layer
@@ -56,6 +57,8 @@ def apply_plan(plan: Plan, model: nn.Module, *, keep_function: bool = False) -> 
     for norm in plan.removed:
         replacements[modules[norm.path]] = remainder(modules[norm.path], norm)
     replace_modules(model, replacements)
+    if layers:
+        attach(model)
     return layers
 
 

@@ -16,6 +16,7 @@ from normfree.images import IMAGENET_MEAN, IMAGENET_STD
 from normfree.models.block_plan import BlockPlan
 from normfree.models.config import NetworkConfig
 from normfree.nn.scales import Scales
+from normfree.nn.weight_pass import WeightPass
 
 
 class Head(Scales):
@@ -115,6 +116,7 @@ class ResidualNetwork(
             {"num_chs": channels[stage], "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage in channels
         ]
         self.default_cfg = self.pretrained_cfg = default_cfg(config)
+        self._weight_pass = WeightPass()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, C, H/32, W/32): the last activation, before pooling and before its γ."""
@@ -129,7 +131,10 @@ class ResidualNetwork(
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits, (N, in_channels, H, W) to (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        if torch.compiler.is_compiling():
+            return self.forward_head(self.forward_features(x))
+        with self._weight_pass.opened(self):
+            return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,

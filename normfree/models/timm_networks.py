@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.nn import EfficientChannelAttention, PreActivationBlock, ScaledWSConv2d, SqueezeExcite, VarianceLedger
+from normfree.nn.weight_pass import attach
 
 
 def from_timm(model: Any) -> nn.Module:
@@ -44,6 +45,7 @@ def from_timm(model: Any) -> nn.Module:
     if not isinstance(converted.final_conv, nn.Identity):
         converted.final_conv = _conv(converted.final_conv)
     converted.final_act = _activation(converted.final_act, keep_gamma=True)
+    attach(converted)
     return converted
 
 

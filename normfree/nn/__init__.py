@@ -9,6 +9,7 @@ from normfree.nn.pooling import AveragePool2d, MaxPool2d
 from normfree.nn.standardization import standardize
 from normfree.nn.transposed import ScaledWSConvTranspose1d, ScaledWSConvTranspose2d, ScaledWSConvTranspose3d
 from normfree.nn.variance import VarianceLedger
+from normfree.nn.weight_pass import recompute_weights, shared_weights
 
 __all__ = [
     "AveragePool2d",
@@ -29,5 +30,7 @@ __all__ = [
     "VarianceLedger",
     "gain",
     "make_activation",
+    "recompute_weights",
+    "shared_weights",
     "standardize",
 ]

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from normfree import _torch
+from normfree.nn.gates import EfficientChannelAttention, SqueezeExcite
 from normfree.nn.recompute import recomputing_activation
 from normfree.nn.scales import Scales
+from normfree.nn.symbolic import is_symbolic
+
+# No layer within these returns their output, so that none of its hooks can have it.
+_MAKES_ITS_OUTPUT = (nn.modules.conv._ConvNd, nn.Linear, EfficientChannelAttention, SqueezeExcite)
 
 
 class PreActivationBlock(nn.Module):
@@ -98,19 +103,26 @@ class PostActivationBlock(nn.Module):
 
 
 def _owned_output(module: nn.Module, x: Tensor) -> Tensor:
-    """Return module(x), which may be overwritten: a copy where hooks have seen the module's output."""
+    """Return module(x), which may be overwritten: a copy where somebody else may have it."""
     out = module(x)
-    hooked = _torch.has_global_hook() or any(
-        m._forward_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
-    )
-    return out.clone() if hooked else out
+    last = module
+    while type(last) is nn.Sequential and len(last._modules) and not _is_hooked(last):
+        last = next(reversed(last._modules.values()))
+    return out if isinstance(last, _MAKES_ITS_OUTPUT) and not _is_hooked(last) else out.clone()
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or _torch.has_global_hook()
 
 
 def _add_branch(shortcut: Tensor, branch: Tensor, drop_rate: float, rescale: bool = False) -> Tensor:
     """Add shortcut and branch, leaving out an example's branch with probability `drop_rate`; overwrites the branch."""
+    if drop_rate == 0 and is_symbolic(branch):
+        return shortcut + branch
     if drop_rate == 0:
         return branch.add_(shortcut) if branch.dtype == shortcut.dtype else shortcut + branch
-    keep = branch.new_empty(len(branch), 1, 1, 1).bernoulli_(1 - drop_rate)
+    keep = branch.new_empty((branch.shape[0], 1, 1, 1)).bernoulli_(1 - drop_rate)
     if rescale:
         keep /= 1 - drop_rate
     return torch.addcmul(shortcut, branch, keep)

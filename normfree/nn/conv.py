@@ -1,11 +1,16 @@
 """Convolutions with scaled standardized weights."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.nn.matrix_form import prefers_matrix_form
 from normfree.nn.padding import SamePadding
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.standardization import EPS
+from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 
 class _ScaledWSConv(ScaledWS, SamePadding):
@@ -62,7 +67,36 @@ class _ScaledWSConv(ScaledWS, SamePadding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the effective weight and bias."""
+        if is_symbolic(input):
+            return call_symbolically(self, input)
+        if self._may_take_matrix_form(input) and (out := self._convolve_patches(input)) is not None:
+            return out
         return self._with_effective_parameters(input, lambda weight, bias: self._conv_forward(input, weight, bias))
+
+    def _convolve_patches(self, input: Tensor) -> Tensor | None:
+        """Convolve in matrix form, (N, in_channels, …) to (N, out_channels, …); None where that is not faster."""
+        if (
+            self.groups > 1
+            or input.ndim != 2 + len(self.kernel_size)
+            or (input.ndim != 4 and max(self.kernel_size) > 1)
+        ):
+            return None
+        padded = self._padded(input)
+        axes = zip(padded.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        sizes = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in axes]
+        if min(sizes) < 1 or not prefers_matrix_form(self.weight, len(input) * math.prod(sizes)):
+            return None
+        if max(self.kernel_size) == 1:
+            patches = padded
+            for axis, stride in enumerate(self.stride, start=2):
+                patches = patches[(slice(None),) * axis + (slice(None, None, stride),)]
+            patches = patches.flatten(2)
+        else:
+            patches = F.unfold(padded, self.kernel_size, self.dilation, 0, self.stride)
+        out = self._apply_to_patches(patches.transpose(1, 2).flatten(0, 1))
+        if out is None:
+            return None
+        return out.unflatten(0, (len(input), -1)).transpose(1, 2).unflatten(2, sizes).contiguous()
 
 
 class ScaledWSConv1d(_ScaledWSConv, nn.Conv1d):

@@ -1,11 +1,15 @@
 """The linear layer with scaled standardized weights."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.nn.matrix_form import prefers_matrix_form
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.standardization import EPS
+from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 
 class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]
@@ -59,4 +63,10 @@ class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply by the effective weight, and add the effective bias."""
-        return F.linear(input, *self.effective_parameters())
+        if is_symbolic(input):
+            return call_symbolically(self, input)
+        if self._may_take_matrix_form(input) and prefers_matrix_form(self.weight, math.prod(input.shape[:-1])):
+            out = self._apply_to_patches(input.reshape(-1, self.in_features))
+            if out is not None:
+                return out.view(*input.shape[:-1], self.out_features)
+        return self._with_effective_parameters(input, lambda weight, bias: F.linear(input, weight, bias))

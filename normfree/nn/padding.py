@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.recompute import recomputing
+from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
@@ -44,6 +45,15 @@ class SamePadding(nn.modules.conv._ConvNd):
         if same:
             self.padding = "same"
 
+    def _padded(self, input: Tensor) -> Tensor:
+        """Return the input, padded, for a convolution without padding."""
+        pads: Any = self._reversed_padding_repeated_twice
+        if self.padding == "same":
+            axes = zip(input.shape[-len(self.kernel_size) :], self.kernel_size, self.stride, self.dilation, strict=True)
+            pads = pad_both_sides([same_padding(*axis) for axis in axes])
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(input, pads, mode) if any(pads) else input
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding != "same":
             return super()._conv_forward(input, weight, bias)
@@ -67,3 +77,7 @@ class SamePadding(nn.modules.conv._ConvNd):
 
 class SameConv2d(SamePadding, nn.Conv2d):
     """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve."""
+        return call_symbolically(self, input) if is_symbolic(input) else super().forward(input)

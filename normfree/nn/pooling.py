@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.nn.padding import pad_both_sides, same_padding
+from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 
 class AveragePool2d(nn.Module):
@@ -31,6 +32,8 @@ class MaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool x, (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉)."""
+        if is_symbolic(x):
+            return call_symbolically(self, x)
         if self.padding == "symmetric":
             return F.max_pool2d(x, 3, 2, padding=1)
         totals = [same_padding(size, 3, 2) for size in x.shape[-2:]]

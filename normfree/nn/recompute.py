@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree import _torch
+from normfree.nn.symbolic import is_symbolic
 
 # Activations whose derivative needs their input, which is therefore kept anyway.
 _KEEP_INPUT = {"CELU", "ELU", "GELU", "Hardswish", "LeakyReLU", "Mish", "SELU", "SiLU", "Softplus", "Softsign", "Swish"}
@@ -39,7 +40,8 @@ def recomputing_activation(result: Tensor, activation: nn.Module, source: Tensor
     """Apply `recomputing` to activation(source), or do nothing where that would keep more than it saves."""
     in_place = getattr(activation, "inplace", False)
     # Autocast, which is off in the backward pass, gives some another dtype.
-    if type(activation).__name__ in _KEEP_INPUT and not in_place and result.dtype == source.dtype:
+    kept = type(activation).__name__ in _KEEP_INPUT and not in_place
+    if kept and not is_symbolic(result) and result.dtype == source.dtype:
         return recomputing(result, activation.forward, source)
     return contextlib.nullcontext()
 

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree import _torch
+from normfree.nn.filter_kernels import is_contiguous
+from normfree.nn.matrix_form import LARGE, apply_to_patches
 from normfree.nn.recompute import recomputing
 from normfree.nn.scales import Scales
-from normfree.nn.standardization import standardize
+from normfree.nn.standardization import (
+    SMALL,
+    Effective,
+    Factors,
+    computes_fast,
+    effective_parameters,
+    standardize,
+    standardized_again,
+)
 
-# Computing an effective weight again in the backward pass saves memory and, where there are many activations, next to
-# no time. A weight that outnumbers them so many times is kept.
-_KEEP_ABOVE = 8
+# An effective weight is computed again in the backward pass, which saves its memory, unless it is `SMALL`, or so many
+# times smaller than the layer's input, which is kept anyway, or applied to so few positions that the time would show.
+_FAR = 8
+_FEW = 512
+
+
+class _InForce(threading.local):
+    """Whoever computes effective weights for the layers that are called in this thread; see `weight_pass`."""
+
+    source: Any = None  # has take(layer) -> Effective | None
+
+
+in_force = _InForce()
 
 
 class ScaledWS(Scales):
@@ -38,6 +60,7 @@ class ScaledWS(Scales):
     bias: Tensor | None
     out_channels: int
     channel_axis = 1
+    recompute_weight = False
 
     def __init__(
         self, *args: Any, in_scale: float, out_scale: float, skip_gain: float | None, eps: float, standardize: bool
@@ -79,43 +102,88 @@ class ScaledWS(Scales):
         kernels = self._kernels()
         if kernels is not None:
             return kernels.effective_parameters(*self._factors(), eps=self.eps, dtype=self.weight.dtype)
-        weight_scale, bias = self._scale_and_bias()
-        return self._effective_weight(self.weight, weight_scale), bias
+        return self._effective()[:2]
 
-    def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the factors of the standardized filters, (out_channels,), and b_eff."""
+    def _effective(self) -> Effective:
+        """Compute what the layer computes with."""
+        if self.standardize and self.weight.dtype is self.in_scale.dtype:
+            factors = self.factors(self.in_scale, self.out_scale)
+            if computes_fast(factors):
+                factors = factors._replace(in_scale=self.in_scale.item(), out_scale=self.out_scale.item())
+                weight, bias, scale = effective_parameters([factors])[0]
+                return Effective(self.unfilters(weight), bias, scale)
         out_scale = self._out_scale()
         bias = None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
-        return self.gain * (self.in_scale * out_scale), bias
-
-    def _effective_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
-        filters = self.filters(weight)
+        scale = self.gain * (self.in_scale * out_scale)
+        filters = self.filters(self.weight)
         if self.standardize:
-            return self.unfilters(standardize(filters, scale, self.eps))
-        return self.unfilters(filters * scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)))
+            weight = standardize(filters, scale, self.eps)
+        else:
+            weight = filters * scale.to(filters.dtype).view(-1, *[1] * (filters.ndim - 1))
+        return Effective(self.unfilters(weight), bias, None)
+
+    def factors(self, in_scale: Any, out_scale: Any) -> Factors:
+        """Return the factors of the effective weight and bias, with these scales."""
+        filters = self.filters(self.weight)
+        return Factors(filters, self.gain, self.bias, self.skip_gain, in_scale, out_scale, self.eps)
+
+    def _weight_again(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return self.unfilters(standardized_again(self.filters(weight), scale, self.eps))
 
     def _with_effective_parameters(self, input: Tensor, call: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """Return call(W_eff, b_eff), which takes `input`; W_eff is computed again in the backward pass where cheap."""
-        kernels = self._kernels()
-        sources: tuple[Tensor | None, ...]
-        if kernels is None:
-            weight_scale, bias = self._scale_and_bias()
-            compute, sources = self._effective_weight, (self.weight, weight_scale)
-            weight = compute(*sources)
-        else:
-            both = functools.partial(kernels.effective_parameters, eps=self.eps, dtype=_autocast_dtype(self.weight))
-            compute, sources = (lambda *factors: both(*factors)[0]), self._factors()
-            weight, bias = both(*sources)
-        if weight.dtype != self.weight.dtype or weight.numel() > _KEEP_ABOVE * input.numel():
+        """Return call(W_eff, b_eff), which takes `input`."""
+        if torch.compiler.is_compiling():
+            return call(*self.effective_parameters())
+        if not self.weight.is_cpu and (kernels := self._kernels()) is not None:
+            return self._with_kernels(kernels, input, call)
+        source = in_force.source
+        weight, bias, scale = (None if source is None else source.take(self)) or self._effective()
+        if scale is None or not self._computes_again(weight, input):
             return call(weight, bias)
-        with recomputing(weight, compute, *sources):
+        with recomputing(weight, self._weight_again, self.weight, scale):
             return call(weight, bias)
+
+    def _may_take_matrix_form(self, input: Tensor) -> bool:
+        """Tell whether the layer may be computed as `matrix_form` does, if that is faster."""
+        weight = self.weight
+        return (
+            weight.numel() >= LARGE
+            and weight.is_cpu
+            and type(input) is Tensor
+            and input.dtype is weight.dtype
+            and torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and self.standardize
+            and self.in_scale.dtype is weight.dtype
+            and computes_fast(self.factors(1.0, 1.0))
+            and is_contiguous(weight)
+            and _torch.nobody_watches()
+        )
+
+    def _apply_to_patches(self, patches: Tensor) -> Tensor | None:
+        return apply_to_patches(patches, self.factors(self.in_scale.item(), self.out_scale.item()))
+
+    def _with_kernels(self, kernels: Any, input: Tensor, call: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        both = functools.partial(kernels.effective_parameters, eps=self.eps, dtype=_autocast_dtype(self.weight))
+        sources = self._factors()
+        weight, bias = both(*sources)
+        if weight.dtype != self.weight.dtype or not self._computes_again(weight, input):
+            return call(weight, bias)
+        with recomputing(weight, lambda *factors: both(*factors)[0], *sources):
+            return call(weight, bias)
+
+    def _computes_again(self, weight: Tensor, input: Tensor) -> bool:
+        """Tell whether W_eff is computed again in the backward pass rather than kept."""
+        size = weight.numel()
+        positions = input.numel() // max(1, input.shape[self.channel_axis])
+        again = size >= SMALL and positions > _FEW and input.numel() < _FAR * size
+        return self.recompute_weight or again
 
     def _kernels(self) -> Any:
         """Return the module of fused kernels where they can be used, or None."""
         if not (self.weight.is_cuda and self.standardize and type(self).filters is ScaledWS.filters):
             return None
-        kernels = None if torch.compiler.is_compiling() else _import_fused()
+        kernels = _import_fused()
         return kernels if kernels is not None and kernels.supports(*self._factors()) else None
 
     def _factors(self) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.standardization import EPS
+from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 _Transpose = nn.modules.conv._ConvTransposeNd
 
@@ -77,6 +78,8 @@ class _ScaledWSConvTranspose(ScaledWS, _Transpose):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve, transposed, with the effective weight and bias."""
+        if is_symbolic(input):
+            return call_symbolically(self, input, *(() if output_size is None else (output_size,)))
         spatial = len(self.kernel_size)
         call: Callable[..., Tensor] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         sizes: Any = (self.stride, self.padding, self.kernel_size, spatial, self.dilation)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from normfree.errors import SingleValueError
+from normfree.nn import shared_weights
 from normfree.signal.monitor import SignalMonitor
 from normfree.training.data.batches import Batch
 from normfree.training.metrics import accumulator, batch_totals
@@ -51,20 +52,21 @@ class Step:
         sums = accumulator(6, accelerator.device)
         before = self._statistics()
         mixed = batches[0].targets.ndim > 1
-        for position, batch in enumerate(batches):
-            last = position + 1 == len(batches)
-            with contextlib.nullcontext() if last else accelerator.no_sync(setup.network.wrapped):
-                if monitor is not None:
-                    monitor.step = number
-                    monitor.loss_scale = self._loss_scale()
-                logits, targets, weights = self._forward(setup.network.wrapped, batch)
-                loss = self._loss(logits, targets, weights, count)
-                # Processes' gradients are averaged, and the loss is a sum over all of them.
-                accelerator.backward(loss * accelerator.num_processes)
-            with torch.no_grad():
-                sums[0] += loss * count
-                if not mixed:
-                    sums[1:3] += batch_totals(logits.detach(), targets, weights)[2:4]
+        with shared_weights(setup.network.model) if len(batches) > 1 else contextlib.nullcontext():
+            for position, batch in enumerate(batches):
+                last = position + 1 == len(batches)
+                with contextlib.nullcontext() if last else accelerator.no_sync(setup.network.wrapped):
+                    if monitor is not None:
+                        monitor.step = number
+                        monitor.loss_scale = self._loss_scale()
+                    logits, targets, weights = self._forward(setup.network.wrapped, batch)
+                    loss = self._loss(logits, targets, weights, count)
+                    # Processes' gradients are averaged, and the loss is a sum over all of them.
+                    accelerator.backward(loss * accelerator.num_processes)
+                with torch.no_grad():
+                    sums[0] += loss * count
+                    if not mixed:
+                        sums[1:3] += batch_totals(logits.detach(), targets, weights)[2:4]
         sums[3], sums[4] = float(stop_requested), float(unreadable)
         if monitor is not None:
             monitor.collect()

@@ -1,0 +1,355 @@
+"""The weight pass: the effective weights of a network, computed ahead, a group of layers under one autograd node.
+
+What is done to weights takes as long for one image as for a hundred. Layer by layer it is a dozen small operations and
+their Python for each. Here the forward pass of a network opens a weight pass, and the first layer of a group that asks
+finds the weights of the whole group computed. The order in which layers ask is learned from the pass before.
+
+A layer that is called outside of a pass, or a second time in it, or while somebody else looks at operations or decides
+what is kept (compilers, exporters, `torch.func`, activation checkpointing, hooks on saved tensors, dispatch modes,
+FSDP), computes its own: the same values and gradients, bit for bit.
+"""
+
+import contextlib
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from normfree import _torch
+from normfree.nn.scaled_layer import ScaledWS, in_force
+from normfree.nn.standardization import Effective, Factors, effective_parameters, versions
+
+# Elements of the weights of a group, unless one layer has more: the effective weights of a group and their gradients
+# are in memory together, and its gradients leave the backward pass together.
+_GROUP = 2**20
+# Inference keeps weights of at least so many elements: to see that they are as before takes a fifth of the time.
+_KEPT = 2**16
+
+
+class WeightPass:
+    """What a network has for its weight passes: groups of its layers, and the weights that inference keeps.
+
+    It is no part of the network's state: copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[list[ScaledWS]] = []
+        self.group_of: dict[ScaledWS, int] = {}
+        self.keep = _Keep()
+
+    def __reduce__(self) -> Any:
+        return WeightPass, ()
+
+    @contextlib.contextmanager
+    def opened(self, network: nn.Module) -> Iterator[None]:
+        """Open a pass for the network's forward pass, which runs inside."""
+        self.begin(network)
+        try:
+            yield
+        finally:
+            self.end(network)
+
+    def begin(self, network: nn.Module, args: Any = ()) -> None:
+        """Open a pass, unless layers compute their own weights, or those that `shared_weights` holds are used."""
+        replica = getattr(network, "_is_replica", False)  # DataParallel's, in a thread
+        if replica or isinstance(in_force.source, _Shared) or not _torch.only_eager() or _torch.shards():
+            return
+        if network.training:
+            self.keep.kept.clear()
+        keeps = not (network.training or torch.is_grad_enabled())
+        in_force.source = _Pass(self, in_force.source, self.keep if keeps else None)
+
+    def end(self, network: nn.Module, args: Any = (), output: Any = None) -> None:
+        """Close the pass that `begin` has opened, and those inside of it that never ended."""
+        source = in_force.source
+        while isinstance(source, _Pass) and source.owner is not self:
+            source = source.before
+        if isinstance(source, _Pass):
+            source.close()
+            in_force.source = source.before
+
+    def learn(self, layers: Sequence[ScaledWS]) -> None:
+        """Group layers in the order in which they have asked."""
+        if layers == list(self.group_of):
+            return
+        self.groups, self.group_of = [], {}
+        room, alike = 0, None
+        for layer in layers:
+            kind = (layer.weight.dtype, layer.weight.device)
+            room -= layer.weight.numel()
+            if room < 0 or kind != alike:
+                self.groups.append([])
+                room, alike = _GROUP - layer.weight.numel(), kind
+            self.groups[-1].append(layer)
+            self.group_of[layer] = len(self.groups) - 1
+
+
+def attach(network: nn.Module) -> None:
+    """Open a weight pass whenever the network is called, by hooks; a network of ours has its own without."""
+    detach(network)
+    if not any(isinstance(value, WeightPass) for value in vars(network).values()):
+        weight_pass = WeightPass()
+        network.register_forward_pre_hook(weight_pass.begin)
+        network.register_forward_hook(weight_pass.end, always_call=True)
+
+
+def detach(network: nn.Module) -> None:
+    """Undo `attach`, for all modules of the network."""
+    for module in network.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), WeightPass):
+                    del hooks[number]
+                    module._forward_hooks_always_called.pop(number, None)
+
+
+class _Waiting(NamedTuple):
+    """An effective weight that waits for its layer, and what it was computed from."""
+
+    effective: Effective
+    sources: tuple[Tensor | None, ...]
+    versions: int
+
+    def holds(self, layer: ScaledWS) -> bool:
+        """Tell whether the layer still has what it had then."""
+        return all(map(operator.is_, _sources(layer), self.sources)) and versions(self.sources) == self.versions
+
+
+def _sources(layer: ScaledWS) -> tuple[Tensor | None, ...]:
+    """Return what the effective weight and bias depend on: weight, gain, bias, SkipInit gain and scales."""
+    of, scales = layer._parameters.get, layer._buffers.get
+    return of("weight"), of("gain"), of("bias"), of("skip_gain"), scales("in_scale"), scales("out_scale")
+
+
+def _can_wait(layer: ScaledWS, sources: Sequence[Any]) -> bool:
+    """Tell whether a layer's effective weight may be computed ahead of its call, from its sources."""
+    weight, gain, bias, skip_gain, in_scale, out_scale = sources
+    if type(weight) is not nn.Parameter or type(gain) is not nn.Parameter or in_scale is None or out_scale is None:
+        return False
+    dtype = weight.dtype
+    return (
+        weight.is_cpu
+        and weight.numel() > 0
+        and layer.standardize
+        and not layer._forward_pre_hooks  # which may set the weight
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is dtype))
+        and (skip_gain is None or (type(skip_gain) is nn.Parameter and skip_gain.dtype is dtype))
+        and gain.dtype is dtype
+        and in_scale.dtype is dtype
+        and out_scale.dtype is dtype
+        and "parametrizations" not in layer._modules
+    )
+
+
+def _wait(layers: Sequence[ScaledWS], keep: "_Keep | None" = None) -> dict[ScaledWS, _Waiting]:
+    """Compute W_eff and b_eff of the layers that can wait, but for those that `keep` has."""
+    found = {layer: sources for layer in layers if _can_wait(layer, sources := _sources(layer))}
+    probes = {} if keep is None else _probes(found)
+    kept = {} if keep is None else keep.unchanged(probes)
+    fresh = {layer: sources for layer, sources in found.items() if layer not in kept} if kept else found
+    computed = _compute(fresh) if fresh else {}
+    if keep is not None:
+        keep.add(computed, probes)
+    return {
+        layer: _Waiting(kept[layer] if layer in kept else computed[layer], sources, versions(sources))
+        for layer, sources in found.items()
+    }
+
+
+def _compute(sources_of: dict[ScaledWS, tuple[Any, ...]]) -> dict[ScaledWS, Effective]:
+    *_, befores, afters = zip(*sources_of.values(), strict=True)
+    scales = torch.stack(befores + afters).tolist()
+    group = []
+    for index, (layer, (weight, gain, bias, skip_gain, *_)) in enumerate(sources_of.items()):
+        scale = scales[index], scales[len(befores) + index]
+        group.append(Factors(layer.filters(weight), gain, bias, skip_gain, *scale, layer.eps))
+    results = effective_parameters(group)
+    return {
+        layer: Effective(layer.unfilters(weight), bias, scale)
+        for layer, (weight, bias, scale) in zip(sources_of, results, strict=True)
+    }
+
+
+class _Keep:
+    """The effective weights that inference keeps between calls.
+
+    Versions of tensors do not tell whether one has changed, since what writes to `parameter.data` leaves them as they
+    are: a probe of the contents does.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[ScaledWS, tuple[Tensor, Effective]] = {}
+
+    def unchanged(self, probes: dict[ScaledWS, Tensor]) -> dict[ScaledWS, Effective]:
+        """Return those of which everything that they were computed from is as it was."""
+        return {
+            layer: self.kept[layer][1]
+            for layer, probe in probes.items()
+            if layer in self.kept and torch.equal(self.kept[layer][0], probe)
+        }
+
+    def add(self, computed: dict[ScaledWS, Effective], probes: dict[ScaledWS, Tensor]) -> None:
+        """Keep those that have a probe."""
+        self.kept.update(
+            (layer, (probes[layer], effective)) for layer, effective in computed.items() if layer in probes
+        )
+
+
+def _probes(sources_of: dict[ScaledWS, tuple[Any, ...]]) -> dict[ScaledWS, Tensor]:
+    return {layer: _probe(layer, sources) for layer, sources in sources_of.items() if sources[0].numel() >= _KEPT}
+
+
+def _probe(layer: ScaledWS, sources: tuple[Any, ...]) -> Tensor:
+    """Return numbers that change with the weight, by more than rounding, and all else that is a factor."""
+    rows = layer.filters(sources[0]).flatten(1)
+    return torch.cat(
+        [rows.mv(_direction(rows.shape[1], rows.dtype)), *(t.view(-1) for t in sources[1:] if t is not None)]
+    )
+
+
+@functools.cache
+def _direction(size: int, dtype: torch.dtype) -> Tensor:
+    """Return numbers between 1/2 and 3/2, no two alike: no two weights can change places unseen."""
+    with torch.inference_mode(False):
+        return torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=dtype) + 0.5
+
+
+class _Pass:
+    """One forward pass of a network."""
+
+    def __init__(self, owner: WeightPass, before: Any, keep: _Keep | None) -> None:
+        self.owner = owner
+        self.before = before
+        self.keep = keep
+        self.derives = torch.is_grad_enabled()
+        self.asked: dict[ScaledWS, None] = {}
+        self.computed: set[int] = set()
+        self.waiting: dict[ScaledWS, _Waiting] = {}
+        self.disturbed = False
+
+    def take(self, layer: ScaledWS) -> Effective | None:
+        """Return what was computed ahead for the layer; None where it must compute its own."""
+        if torch.is_grad_enabled() is not self.derives or not _torch.nobody_watches():
+            self.disturbed = True
+            return None
+        if layer in self.asked:
+            return None
+        self.asked[layer] = None
+        group = self.owner.group_of.get(layer)
+        if group is None:
+            return None
+        if group not in self.computed:
+            self.computed.add(group)
+            self.waiting.update(_wait(self.owner.groups[group], self.keep))
+        found = self.waiting.pop(layer, None)
+        return found.effective if found is not None and found.holds(layer) else None
+
+    def close(self) -> None:
+        """Learn the order of the layers, if all have asked."""
+        if not self.disturbed:
+            known = self.owner.group_of
+            self.owner.learn([layer for layer in self.asked if layer in known or _can_wait(layer, _sources(layer))])
+
+
+class _Shared:
+    """Effective weights for all calls in a context, whose gradients are collected until its end."""
+
+    def __init__(self, network: nn.Module) -> None:
+        layers = [module for module in network.modules() if isinstance(module, ScaledWS)]
+        plan = WeightPass()
+        plan.learn([layer for layer in layers if _can_wait(layer, _sources(layer))])
+        self.groups, self.group_of = plan.groups, plan.group_of
+        self.derives = torch.is_grad_enabled()
+        self.waiting: dict[ScaledWS, _Waiting] = {}
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # what was computed, and the leaf that stands for it
+        self.ended = False
+
+    def take(self, layer: ScaledWS) -> Effective | None:
+        """Return what all calls share; None where the layer must compute its own."""
+        group = self.group_of.get(layer)
+        if group is None or (torch.is_grad_enabled() and not self.derives) or not _torch.nobody_watches():
+            return None
+        if layer not in self.waiting:
+            with torch.set_grad_enabled(self.derives):
+                found = _wait([one for one in self.groups[group] if one not in self.waiting])
+            self.waiting.update(
+                (one, waiting._replace(effective=self._leaves(waiting.effective))) for one, waiting in found.items()
+            )
+        waiting = self.waiting.get(layer)
+        return waiting.effective if waiting is not None and waiting.holds(layer) else None
+
+    def _leaves(self, effective: Effective) -> Effective:
+        weight, bias, _ = effective
+        return Effective(self._leaf(weight), None if bias is None else self._leaf(bias), None)
+
+    def _leaf(self, result: Tensor) -> Tensor:
+        if not result.requires_grad:
+            return result
+        leaf = result.detach().requires_grad_()
+        leaf.register_hook(self._refuse_late)
+        self.pairs.append((result, leaf))
+        return leaf
+
+    def _refuse_late(self, grad: Tensor) -> None:
+        if self.ended:
+            raise RuntimeError("the backward pass of a loss from within `shared_weights` must end within it, too")
+
+    def collect(self) -> None:
+        """Take the gradients on to the parameters."""
+        self.ended = True
+        found = [(result, leaf.grad) for result, leaf in self.pairs if leaf.grad is not None]
+        if found:
+            results, grads = zip(*found, strict=True)
+            torch.autograd.backward(results, grads)
+
+
+@contextlib.contextmanager
+def shared_weights(network: nn.Module) -> Iterator[None]:
+    """Compute the effective weights of a network once for all forward and backward passes inside.
+
+    For accumulated gradients, several views, a discriminator on real and on fake images, a recurrent use. Parameters
+    of `ScaledWS…` layers have their gradients when the context ends: sums over all of it, exact. Until then
+    `parameter.grad` is without them, `torch.autograd.grad` does not reach them, and no optimizer may step.
+
+        with normfree.nn.shared_weights(model):
+            for images, labels in parts:
+                loss(model(images), labels).backward()
+        optimizer.step()
+
+    Layers whose weights cannot be shared, as under `torch.compile` or activation checkpointing, compute their own.
+
+    Args:
+        network: Network of ours, or converted.
+
+    Raises:
+        RuntimeError: From a backward pass after the end, or where a parameter was changed inside.
+    """
+    if isinstance(in_force.source, _Shared) or not _torch.only_eager() or _torch.shards():
+        yield
+        return
+    before, in_force.source = in_force.source, _Shared(network)
+    shared = in_force.source
+    try:
+        yield
+        in_force.source = before
+        shared.collect()
+    finally:
+        in_force.source = before
+        shared.ended = True
+
+
+def recompute_weights(network: nn.Module, always: bool = True) -> None:
+    """Choose whether no effective weight is kept for the backward pass: the least memory for one or two images.
+
+    By default one that is far smaller or far larger than its layer's input, or small altogether, is kept.
+
+    Args:
+        network: Network of ours, or converted; changed in place.
+        always: False for the default.
+    """
+    for module in network.modules():
+        if isinstance(module, ScaledWS):
+            module.recompute_weight = always
