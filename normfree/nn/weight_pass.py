@@ -10,7 +10,6 @@ FSDP), computes its own: the same values and gradients, bit for bit.
 """
 
 import contextlib
-import functools
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from normfree import _torch
+from normfree.nn.kept_weights import KeptWeights, probes_of
 from normfree.nn.scaled_layer import ScaledWS, in_force
 from normfree.nn.standardization import Effective, Factors, effective_parameters, versions
 
 # Elements of the weights of a group, unless one layer has more: the effective weights of a group and their gradients
 # are in memory together, and its gradients leave the backward pass together.
 _GROUP = 2**20
-# Inference keeps weights of at least so many elements: to see that they are as before takes a fifth of the time.
-_KEPT = 2**16
 
 
 class WeightPass:
@@ -36,9 +34,8 @@ class WeightPass:
     """
 
     def __init__(self) -> None:
-        self.groups: list[list[ScaledWS]] = []
-        self.group_of: dict[ScaledWS, int] = {}
-        self.keep = _Keep()
+        self.plan = _Plan()
+        self.keep = KeptWeights()
 
     def __reduce__(self) -> Any:
         return WeightPass, ()
@@ -55,7 +52,7 @@ class WeightPass:
     def begin(self, network: nn.Module, args: Any = ()) -> None:
         """Open a pass, unless layers compute their own weights, or those that `shared_weights` holds are used."""
         replica = getattr(network, "_is_replica", False)  # DataParallel's, in a thread
-        if replica or isinstance(in_force.source, _Shared) or not _torch.only_eager() or _torch.shards():
+        if not _torch.only_eager() or replica or isinstance(in_force.source, _Shared) or _torch.shards():
             return
         if network.training:
             self.keep.kept.clear()
@@ -64,6 +61,8 @@ class WeightPass:
 
     def end(self, network: nn.Module, args: Any = (), output: Any = None) -> None:
         """Close the pass that `begin` has opened, and those inside of it that never ended."""
+        if torch.compiler.is_compiling():
+            return
         source = in_force.source
         while isinstance(source, _Pass) and source.owner is not self:
             source = source.before
@@ -71,11 +70,13 @@ class WeightPass:
             source.close()
             in_force.source = source.before
 
-    def learn(self, layers: Sequence[ScaledWS]) -> None:
-        """Group layers in the order in which they have asked."""
-        if layers == list(self.group_of):
-            return
-        self.groups, self.group_of = [], {}
+
+class _Plan:
+    """Layers in groups, whose weights are computed together. It is replaced, not changed: threads may be using it."""
+
+    def __init__(self, layers: Sequence[ScaledWS] = ()) -> None:
+        self.groups: list[list[ScaledWS]] = []
+        self.group_of: dict[ScaledWS, int] = {}
         room, alike = 0, None
         for layer in layers:
             kind = (layer.weight.dtype, layer.weight.device)
@@ -144,10 +145,10 @@ def _can_wait(layer: ScaledWS, sources: Sequence[Any]) -> bool:
     )
 
 
-def _wait(layers: Sequence[ScaledWS], keep: "_Keep | None" = None) -> dict[ScaledWS, _Waiting]:
+def _wait(layers: Sequence[ScaledWS], keep: KeptWeights | None = None) -> dict[ScaledWS, _Waiting]:
     """Compute W_eff and b_eff of the layers that can wait, but for those that `keep` has."""
     found = {layer: sources for layer in layers if _can_wait(layer, sources := _sources(layer))}
-    probes = {} if keep is None else _probes(found)
+    probes = {} if keep is None else probes_of(found)
     kept = {} if keep is None else keep.unchanged(probes)
     fresh = {layer: sources for layer, sources in found.items() if layer not in kept} if kept else found
     computed = _compute(fresh) if fresh else {}
@@ -173,55 +174,12 @@ def _compute(sources_of: dict[ScaledWS, tuple[Any, ...]]) -> dict[ScaledWS, Effe
     }
 
 
-class _Keep:
-    """The effective weights that inference keeps between calls.
-
-    Versions of tensors do not tell whether one has changed, since what writes to `parameter.data` leaves them as they
-    are: a probe of the contents does.
-    """
-
-    def __init__(self) -> None:
-        self.kept: dict[ScaledWS, tuple[Tensor, Effective]] = {}
-
-    def unchanged(self, probes: dict[ScaledWS, Tensor]) -> dict[ScaledWS, Effective]:
-        """Return those of which everything that they were computed from is as it was."""
-        return {
-            layer: self.kept[layer][1]
-            for layer, probe in probes.items()
-            if layer in self.kept and torch.equal(self.kept[layer][0], probe)
-        }
-
-    def add(self, computed: dict[ScaledWS, Effective], probes: dict[ScaledWS, Tensor]) -> None:
-        """Keep those that have a probe."""
-        self.kept.update(
-            (layer, (probes[layer], effective)) for layer, effective in computed.items() if layer in probes
-        )
-
-
-def _probes(sources_of: dict[ScaledWS, tuple[Any, ...]]) -> dict[ScaledWS, Tensor]:
-    return {layer: _probe(layer, sources) for layer, sources in sources_of.items() if sources[0].numel() >= _KEPT}
-
-
-def _probe(layer: ScaledWS, sources: tuple[Any, ...]) -> Tensor:
-    """Return numbers that change with the weight, by more than rounding, and all else that is a factor."""
-    rows = layer.filters(sources[0]).flatten(1)
-    return torch.cat(
-        [rows.mv(_direction(rows.shape[1], rows.dtype)), *(t.view(-1) for t in sources[1:] if t is not None)]
-    )
-
-
-@functools.cache
-def _direction(size: int, dtype: torch.dtype) -> Tensor:
-    """Return numbers between 1/2 and 3/2, no two alike: no two weights can change places unseen."""
-    with torch.inference_mode(False):
-        return torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=dtype) + 0.5
-
-
 class _Pass:
     """One forward pass of a network."""
 
-    def __init__(self, owner: WeightPass, before: Any, keep: _Keep | None) -> None:
+    def __init__(self, owner: WeightPass, before: Any, keep: KeptWeights | None) -> None:
         self.owner = owner
+        self.plan = owner.plan
         self.before = before
         self.keep = keep
         self.derives = torch.is_grad_enabled()
@@ -238,20 +196,21 @@ class _Pass:
         if layer in self.asked:
             return None
         self.asked[layer] = None
-        group = self.owner.group_of.get(layer)
+        group = self.plan.group_of.get(layer)
         if group is None:
             return None
         if group not in self.computed:
             self.computed.add(group)
-            self.waiting.update(_wait(self.owner.groups[group], self.keep))
+            self.waiting.update(_wait(self.plan.groups[group], self.keep))
         found = self.waiting.pop(layer, None)
         return found.effective if found is not None and found.holds(layer) else None
 
     def close(self) -> None:
-        """Learn the order of the layers, if all have asked."""
-        if not self.disturbed:
-            known = self.owner.group_of
-            self.owner.learn([layer for layer in self.asked if layer in known or _can_wait(layer, _sources(layer))])
+        """Learn the order in which layers have asked, if all that ran could."""
+        known = self.plan.group_of
+        layers = [layer for layer in self.asked if layer in known or _can_wait(layer, _sources(layer))]
+        if not self.disturbed and layers != list(known):
+            self.owner.plan = _Plan(layers)
 
 
 class _Shared:
@@ -259,9 +218,7 @@ class _Shared:
 
     def __init__(self, network: nn.Module) -> None:
         layers = [module for module in network.modules() if isinstance(module, ScaledWS)]
-        plan = WeightPass()
-        plan.learn([layer for layer in layers if _can_wait(layer, _sources(layer))])
-        self.groups, self.group_of = plan.groups, plan.group_of
+        self.plan = _Plan([layer for layer in layers if _can_wait(layer, _sources(layer))])
         self.derives = torch.is_grad_enabled()
         self.waiting: dict[ScaledWS, _Waiting] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what was computed, and the leaf that stands for it
@@ -269,12 +226,12 @@ class _Shared:
 
     def take(self, layer: ScaledWS) -> Effective | None:
         """Return what all calls share; None where the layer must compute its own."""
-        group = self.group_of.get(layer)
+        group = self.plan.group_of.get(layer)
         if group is None or (torch.is_grad_enabled() and not self.derives) or not _torch.nobody_watches():
             return None
         if layer not in self.waiting:
             with torch.set_grad_enabled(self.derives):
-                found = _wait([one for one in self.groups[group] if one not in self.waiting])
+                found = _wait([one for one in self.plan.groups[group] if one not in self.waiting])
             self.waiting.update(
                 (one, waiting._replace(effective=self._leaves(waiting.effective))) for one, waiting in found.items()
             )

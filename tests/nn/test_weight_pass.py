@@ -17,6 +17,7 @@ from normfree import ScaledWSConv2d, convert, create_model, fold
 from normfree.nn import (
     ScaledWSConvTranspose2d,
     ScaledWSLinear,
+    kept_weights,
     matrix_form,
     recompute_weights,
     scaled_layer,
@@ -291,7 +292,7 @@ def test_a_parameter_that_changes_is_seen_wherever_it_happens():
 
 @pytest.mark.parametrize("write", ["data", "no_grad", "swap", "gain", "scale"])
 def test_inference_keeps_weights_until_something_changes(write, monkeypatch):
-    monkeypatch.setattr(weight_pass, "_KEPT", 1)
+    monkeypatch.setattr(kept_weights, "_KEPT", 1)
     model, x = attached(net()).eval(), images()
     calls = []
     compute = weight_pass._compute
