@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from normfree import ScaledWSConv2d, SignalError, _torch, characterize
-from normfree.nn import PreActivationBlock
+from normfree.nn import PreActivationBlock, recompute_weights
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,6 +42,7 @@ def gradients():
     block = PreActivationBlock(
         pre=[nn.ReLU(), nn.ReLU()], conv=[conv, ScaledWSConv2d(4, 3, 3, padding=2)], shortcut=None
     )
+    recompute_weights(block)
     block(X).square().sum().backward()
     return [parameter.grad for parameter in block.parameters()]
 

@@ -28,7 +28,7 @@ _GROUP = 2**20
 
 
 class WeightPass:
-    """What a network has for its weight passes: groups of its layers, and the weights that inference keeps.
+    """Groups of a network's layers for its weight passes, and the weights that inference keeps.
 
     It is no part of the network's state: copies and pickles of it are empty.
     """

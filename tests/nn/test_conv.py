@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, create_model
+from normfree.benchmarks.measure import kept_bytes
 from normfree.nn import MaxPool2d
 from tests.helpers import SEEDS, assert_close, assert_equal, reference_arrays
 
@@ -167,21 +168,9 @@ def test_no_elementwise_pass_over_activations():
 
 def test_saves_one_activation_and_the_weights():
     """Beyond what a plain convolution saves: the effective weight and a few numbers per filter."""
-
-    def saved(layer, x):
-        sizes = {}
-
-        def pack(tensor):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(x)
-        return sum(sizes.values())
-
     x = torch.randn(2, 16, 32, 32)
     conv, plain = ScaledWSConv2d(16, 16, 3, skip_gain=1.0), nn.Conv2d(16, 16, 3)
-    extra = saved(conv, x) - saved(plain, x)
+    extra = kept_bytes(conv, x) - kept_bytes(plain, x)
     assert 0 < extra <= plain.weight.nbytes + 64 * 16 * 4, f"{extra} bytes"
 
 

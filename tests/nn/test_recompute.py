@@ -62,8 +62,8 @@ def test_no_more_bytes_are_kept_than_the_limit():
 
 def test_a_weight_that_outweighs_the_input_is_kept():
     """A single pixel: no weight is computed twice; many: only the input is kept."""
-    conv = ScaledWSConv2d(32, 32, 3, padding=1)
-    small, large = torch.randn(1, 32, 1, 1), torch.randn(1, 32, 32, 32)
+    conv = ScaledWSConv2d(64, 64, 3, padding=1)
+    small, large = torch.randn(1, 64, 1, 1), torch.randn(1, 64, 32, 32)
     kept = kept_bytes(conv, small)
     assert kept >= conv.weight.nbytes, f"{kept} bytes, the weight has {conv.weight.nbytes}"
     kept = kept_bytes(conv, large) - large.nbytes  # its output, and a few numbers per filter
