@@ -183,7 +183,7 @@ class ScaledWS(Scales):
         """Return the module of fused kernels where they can be used, or None."""
         if not (self.weight.is_cuda and self.standardize and type(self).filters is ScaledWS.filters):
             return None
-        kernels = _import_fused()
+        kernels = None if torch.compiler.is_compiling() else _import_fused()
         return kernels if kernels is not None and kernels.supports(*self._factors()) else None
 
     def _factors(self) -> tuple[Tensor | None, ...]:

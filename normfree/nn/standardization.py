@@ -104,8 +104,12 @@ def effective_parameters(group: Sequence[Factors]) -> list[Effective]:
 
 
 def versions(tensors: Iterable[Tensor | None]) -> int:
-    """Return a number that grows when one of the tensors is written into."""
-    return sum([tensor._version for tensor in tensors if tensor is not None])
+    """Return a number that grows when one of the tensors is written into; made in inference mode they have none."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    try:
+        return sum([tensor._version for tensor in found])
+    except RuntimeError:
+        return sum(tensor._version for tensor in found if not tensor.is_inference())
 
 
 def standardized_again(weight: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -321,6 +321,35 @@ def test_inference_keeps_weights_until_something_changes(write, monkeypatch):
     assert not hooked(model).keep.kept
 
 
+def test_networks_made_or_moved_in_inference_mode_run():
+    x = images()
+    with torch.inference_mode():
+        made = attached(net()).eval()
+        expected = made(x)
+        assert torch.equal(made(x), expected)
+    moved = attached(net().float()).eval()
+    with torch.inference_mode():
+        moved.double()
+        for _ in range(2):
+            assert_close(moved(x), moved.to(F64)(x), 0)
+
+
+def test_one_position_may_be_overwritten_in_place():
+    """A large weight on an image that has shrunk to one pixel."""
+    torch.manual_seed(0)
+    layer = ScaledWSConv2d(256, 512, 1)
+    model, x = nn.Sequential(layer, nn.ReLU(inplace=True)), torch.randn(1, 256, 1, 1)
+    assert matrix_form.prefers_matrix_form(layer.weight, 1)
+    found = outcome(model, x, passes=1)
+    with torch.no_grad():
+        assert_close(found[0], nn.functional.conv2d(x, *layer.effective_parameters()).relu(), 1e-5)
+    recomputed = nn.functional.conv2d(x, *layer.effective_parameters()).relu()
+    model.zero_grad()
+    (recomputed * torch.linspace(-1, 1, 512).view_as(recomputed)).sum().backward()
+    for parameter, grad in zip(model.parameters(), found[1].values(), strict=True):
+        assert_close(parameter.grad, grad, 1e-5)
+
+
 def hooked(model):
     return next(iter(model._forward_pre_hooks.values())).__self__
 
