@@ -33,6 +33,7 @@ class StandardizedFilters:
         Weights have filters of one shape; of several each is contiguous.
         """
         first = weights[0]
+        self.shape = first.shape
         self.order = _order(first)
         self.sizes = [weight.shape[0] for weight in weights]
         self.scale = scale
@@ -49,7 +50,7 @@ class StandardizedFilters:
         """Apply the clamp, if it applies to a filter."""
         if not self.rstd.max().item() <= self.limit:
             self.shrink = (self.rstd[0].reciprocal() * self.limit).clamp(max=1)
-            self.result.mul_(self.shrink.view(-1, *[1] * (self.result.ndim - 1)))
+            self.result.mul_(self.shrink[:, None])
 
     def take_results(self) -> Sequence[Tensor]:
         """Return the standardized weights, each in the layout of the weight, and forget them."""
@@ -72,17 +73,22 @@ class StandardizedFilters:
         return grad_weights, grad_scale if ratio is None or grad_scale is None else grad_scale * ratio
 
     def _together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return filters of all tensors, contiguous, in the order of the weights' memory."""
-        if len(tensors) > 1:
-            return torch.cat(list(tensors))
-        return (tensors[0] if self.order is None else tensors[0].permute(self.order)).contiguous()
+        """Return filters of all tensors, (filters, fan_in), contiguous, in the order of the weights' memory.
+
+        Of two axes, since the kernels guess a layout from the strides of four, which may look like another one.
+        """
+        joined = torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+        joined = joined if self.order is None else joined.permute(self.order)
+        return joined.reshape(joined.shape[0], -1).contiguous()
 
     def _apart(self, filters: Tensor) -> Sequence[Tensor]:
         """Undo `_together`."""
-        if len(self.sizes) > 1:
-            return torch.unsafe_split_with_sizes(filters, self.sizes)
-        order = self.order
-        return [filters if order is None else filters.permute([order.index(axis) for axis in range(filters.ndim)])]
+        if self.order is not None:
+            shape = [self.shape[axis] for axis in self.order[1:]]
+            inverse = [self.order.index(axis) for axis in range(len(self.order))]
+            return [filters.view(self.count, *shape).permute(inverse)]
+        filters = filters.view(self.count, *self.shape[1:])
+        return torch.unsafe_split_with_sizes(filters, self.sizes) if len(self.sizes) > 1 else [filters]
 
 
 def clamp_all(parts: Sequence[StandardizedFilters]) -> None:
@@ -95,14 +101,6 @@ def clamp_all(parts: Sequence[StandardizedFilters]) -> None:
 
 def _order(weight: Tensor) -> list[int] | None:
     """Return the axes in the order of the memory where it is another one (channels_last): nothing is copied then."""
-    if is_contiguous(weight):
+    if weight.is_contiguous():
         return None
     return [0, *sorted(range(1, weight.ndim), key=weight.stride, reverse=True)]
-
-
-def is_contiguous(weight: Tensor) -> bool:
-    """Tell whether the kernels, which look at strides, see a weight as contiguous.
-
-    To `Tensor.is_contiguous` a kernel of one position is, in whatever order.
-    """
-    return weight.is_contiguous() and (weight.ndim < 4 or weight.stride(-1) == 1)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from normfree import _torch
-from normfree.nn.filter_kernels import is_contiguous
 from normfree.nn.matrix_form import LARGE, apply_to_patches
 from normfree.nn.recompute import recomputing
 from normfree.nn.scales import Scales
@@ -28,7 +27,7 @@ from normfree.nn.standardization import (
 
 # An effective weight is computed again in the backward pass, which saves its memory, unless it is `SMALL`, or so many
 # times smaller than the layer's input, which is kept anyway, or applied to so few positions that the time would show.
-_FAR = 8
+_FAR = 16
 _FEW = 512
 
 
@@ -134,7 +133,8 @@ class ScaledWS(Scales):
         """Return call(W_eff, b_eff), which takes `input`."""
         if torch.compiler.is_compiling():
             return call(*self.effective_parameters())
-        if not self.weight.is_cpu and (kernels := self._kernels()) is not None:
+        kernels = self._kernels()
+        if kernels is not None:
             return self._with_kernels(kernels, input, call)
         source = in_force.source
         weight, bias, scale = (None if source is None else source.take(self)) or self._effective()
@@ -156,7 +156,7 @@ class ScaledWS(Scales):
             and self.standardize
             and self.in_scale.dtype is weight.dtype
             and computes_fast(self.factors(1.0, 1.0))
-            and is_contiguous(weight)
+            and weight.is_contiguous()
             and _torch.nobody_watches()
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree import _torch
-from normfree.nn.filter_kernels import StandardizedFilters, clamp_all, is_contiguous
+from normfree.nn.filter_kernels import StandardizedFilters, clamp_all
 
 EPS = 1e-4
 """The clamp of the authors' code, on N · var(W)."""
@@ -136,7 +136,7 @@ class _Computed:
                 self.multiplied.append(index)
             self.outs.append(out)
             factor.append(in_scale * out / math.sqrt(weight.numel() / weight.shape[0]))
-            small = weight.numel() < SMALL and is_contiguous(weight)
+            small = weight.numel() < SMALL and weight.is_contiguous()
             alike.setdefault((weight.shape[1:], eps) if small else index, []).append(index)
         self.members = list(alike.values())
         order = list(itertools.chain.from_iterable(self.members))

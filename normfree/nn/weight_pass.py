@@ -269,12 +269,8 @@ def shared_weights(network: nn.Module) -> Iterator[None]:
 
     For accumulated gradients, several views, a discriminator on real and on fake images, a recurrent use. Parameters
     of `ScaledWS…` layers have their gradients when the context ends: sums over all of it, exact. Until then
-    `parameter.grad` is without them, `torch.autograd.grad` does not reach them, and no optimizer may step.
-
-        with normfree.nn.shared_weights(model):
-            for images, labels in parts:
-                loss(model(images), labels).backward()
-        optimizer.step()
+    `parameter.grad` is without them, `torch.autograd.grad` does not reach them, and no optimizer may step:
+    `with shared_weights(model):` stands around the parts of a step, and `optimizer.step()` after it.
 
     Layers whose weights cannot be shared, as under `torch.compile` or activation checkpointing, compute their own.
 

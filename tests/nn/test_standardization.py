@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from normfree.nn import standardize
+from normfree.nn.standardization import Factors, effective_parameters
 from tests.helpers import SEEDS, assert_close, assert_equal, seeded
 
 
@@ -115,3 +116,25 @@ def test_second_derivatives_are_those_of_the_formula():
         (gradient,) = torch.autograd.grad(function(leaf, scale).pow(3).sum(), leaf, create_graph=True)
         results.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
     assert_close(*results, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 3, 3), (6, 8, 1, 1), (6, 1, 3, 3), (6, 1, 1, 1), (1, 8, 3, 3), (6, 2, 3, 1)])
+@pytest.mark.parametrize("together", [False, True])
+def test_the_layout_of_the_memory_changes_nothing(shape, together):
+    """Strides of one weight may fit several layouts: of one input channel, of one position."""
+    torch.manual_seed(0)
+    weight, other = torch.randn(2, *shape, dtype=torch.float64)
+    gain = torch.randn(shape[0], dtype=torch.float64)
+    grad = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = weight.clone().contiguous(memory_format=layout).requires_grad_()
+        group = [Factors(leaf, gain)] + [Factors(other.contiguous(memory_format=layout), gain)] * together
+        out = effective_parameters(group)[0].weight
+        for order in (torch.contiguous_format, torch.channels_last):
+            (of_weight,) = torch.autograd.grad(out, leaf, grad.contiguous(memory_format=order), retain_graph=True)
+            results.append((out.detach(), of_weight))
+    expected = formula(leaf.detach().contiguous(), gain)
+    for out, of_weight in results:
+        assert_close(out, expected, 1e-12)
+        assert_close(of_weight, results[0][1], 1e-12)
