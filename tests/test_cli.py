@@ -268,6 +268,28 @@ def test_bench_compares_with_networks_of_any_source(run, tmp_path):
     assert "torchvision:resnet50" in out
 
 
+@pytest.mark.slow
+def test_bench_measures_memory_and_accumulated_steps(run):
+    peers = "normfree.benchmarks.peers"
+    small = [
+        "--model",
+        f"{peers}:small_nf_resnet26",
+        "--peers",
+        f"{peers}:small_bn_resnet26",
+        "--batch",
+        "16",
+        "--size",
+        "64",
+    ]
+    code, out, err = run("bench", "memory", *small, "--processes", "1", "--json")
+    assert code == 0, err
+    assert 0.2 < json.loads(out)["rows"][0]["ratio"] < 0.9
+    code, out, err = run(
+        "bench", *small, "--processes", "1", "--rounds", "2", "--accumulate", "2", "--recompute-weights"
+    )
+    assert code == 0, err
+
+
 def test_bench_refuses_names_and_numbers(run):
     code, _, err = run("bench", "--model", "nf_resnet5")
     assert code == 2

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from normfree import _torch
 from normfree.benchmarks.peers import open_and_steady
 from normfree.conversion import convert
+from normfree.nn import recompute_weights
 from normfree.sources import model_factory
 
 ALLOCATORS = {
     "default": "",
     # glibc keeps what is freed, which takes page faults out of a comparison.
     "tuned": "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184",
+    # It gives back at once what is freed, so that resident memory is what is in use.
+    "returning": "glibc.malloc.mmap_threshold=65536",
 }
 
 
@@ -125,12 +129,15 @@ class Setting:
     channels_last: bool = False
     allocator: str = "default"  # of `ALLOCATORS`
     threads: int = 2
+    accumulate: int = 1  # training steps: batches per update
+    compile: bool = False  # all networks, by `torch.compile`
+    recompute_weights: bool = False  # of ours; see `normfree.nn.recompute_weights`
     rounds: int = 9  # in each process
     processes: int = 3  # one after the other: where memory comes to lie moves a ratio, too, once per process
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.threads, self.processes) < 1 or self.rounds < 2:
-            raise ValueError("batch, threads and processes must be at least 1, rounds at least 2")
+        if min(self.batch, self.threads, self.processes, self.accumulate) < 1 or self.rounds < 2:
+            raise ValueError("batch, accumulate, threads and processes must be at least 1, rounds at least 2")
 
     @property
     def ours(self) -> str:
@@ -146,9 +153,26 @@ class Setting:
             is_ours = name == self.ours
             model = model_factory(self.model if is_ours else name)()
             if is_ours and self.convert:
-                model = convert(model, torch.randn(16, 3, 64, 64)).model
+                model = convert(model, torch.randn(2, 3, *self.size)).model
+            recompute_weights(model, self.recompute_weights)
             x = torch.randn(self.batch, 3, *(self.size if is_ours else self.peer_size or self.size))
-            yield name, open_and_steady(model).to(memory_format=layout), x.contiguous(memory_format=layout)
+            model = open_and_steady(model).to(memory_format=layout)
+            if self.compile:
+                model.compile()
+            yield name, model, x.contiguous(memory_format=layout)
+
+
+def added_peak(function: Callable[..., object], *args: Any) -> int:
+    """Return the bytes of resident memory that a call adds at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident("VmRSS")
+    function(*args)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def in_processes(module: str, setting: Setting, advance: Callable[[], None] = lambda: None) -> list[Any]:

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normfree.benchmarks.measure import added_peak
 from normfree.models import create_model
 from normfree.signal import characterize
 from normfree.trace.preparation import measuring
@@ -70,17 +70,8 @@ def print_peak(depth: int, batch: int, what: str) -> None:
     """Run the process that `peak_bytes` starts."""
     model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
     characterize(create_model("nf_resnet26", width=1), torch.randn(2, 3, 64, 64))  # imports, thread pools, kernels
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
     run: Callable[..., Any] = plain if what == "plain" else characterize
-    run(model, x)
-    print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at their peak (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    print(added_peak(run, model, x))
 
 
 def main() -> None:

@@ -70,6 +70,45 @@ def nf_resnet50_symmetric() -> nn.Module:
     return create_model("nf_resnet50", padding="symmetric")
 
 
+def small_nf_resnet26() -> nn.Module:
+    """Make our `nf_resnet26` of half the width."""
+    return create_model("nf_resnet26", width=0.5)
+
+
+def small_bn_resnet26() -> nn.Module:
+    """Make the BatchNorm network that `small_nf_resnet26` is without."""
+    return create_model("bn_resnet26", width=0.5)
+
+
+def frozen_resnet50() -> nn.Module:
+    """Make torchvision's resnet50 with frozen BatchNorm, as its detectors have it: a multiplication and an addition."""
+    import torchvision
+
+    return torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+
+
+class DetectionLoss(nn.Module):
+    """The sum of the losses of torchvision's `fasterrcnn_resnet50_fpn`, one object in each image of 320 pixels.
+
+    As it comes without weights: with BatchNorm, nothing frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+        self.detector = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=320, max_size=320)
+
+    def forward(self, x: Tensor) -> Any:
+        """Compute the loss of images, (N, 3, 320, 320), a scalar; in eval mode, what the detector does."""
+        if not self.training:
+            return self.detector(list(x))
+        height, width = x.shape[2:]
+        box = x.new_tensor([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]])
+        targets = [{"boxes": box, "labels": torch.ones(1, dtype=torch.int64)} for _ in x]
+        return sum(self.detector(list(x), targets).values())
+
+
 def nf_resnet50_from_timm() -> nn.Module:
     """Make timm's nf_resnet50 on our layers."""
     import timm

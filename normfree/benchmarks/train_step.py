@@ -1,12 +1,15 @@
-"""The training step: time and kept memory (forward and backward, float32) beside the peers'."""
+"""The training step: time and kept memory (forward, backward and update, float32) beside the peers'."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normfree.benchmarks.measure import Setting, in_processes, interleave, kept_bytes, ratios, serve
+from normfree.nn import shared_weights
 
 PEERS = (
     "normfree.benchmarks.peers:plain_resnet50",
@@ -31,17 +34,23 @@ def train_step(setting: Setting, advance: Callable[[], None] = lambda: None) -> 
 def _measure(setting: Setting) -> dict[str, Any]:
     steps, kept = {}, {}
     for name, model, x in setting.candidates():
-        steps[name] = _step(model.train(), x)
-        kept[name] = kept_bytes(model, x)
+        kept[name] = kept_bytes(model.train(), x)
+        steps[name] = step(model, x, setting.accumulate)
     return {"times": interleave(steps, setting.ours, rounds=setting.rounds), "kept": kept}
 
 
-def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        model(x).sum().backward()
-        model.zero_grad()
+def step(model: nn.Module, x: Tensor, accumulate: int = 1) -> Callable[[], None]:
+    """Return a training step: forward and backward passes, one after the other, and an update by SGD with momentum."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9, foreach=True)
 
-    return step
+    def run() -> None:
+        with shared_weights(model) if accumulate > 1 else contextlib.nullcontext():
+            for _ in range(accumulate):
+                model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
 
 
 if __name__ == "__main__":
