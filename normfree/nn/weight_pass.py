@@ -297,7 +297,7 @@ def shared_weights(network: nn.Module) -> Iterator[None]:
 def recompute_weights(network: nn.Module, always: bool = True) -> None:
     """Choose whether no effective weight is kept for the backward pass: the least memory for one or two images.
 
-    By default one that is far smaller or far larger than its layer's input, or small altogether, is kept.
+    By default one is kept that is small, far smaller than its layer's input, or applied to few positions.
 
     Args:
         network: Network of ours, or converted; changed in place.
