@@ -271,16 +271,7 @@ def test_bench_compares_with_networks_of_any_source(run, tmp_path):
 @pytest.mark.slow
 def test_bench_measures_memory_and_accumulated_steps(run):
     peers = "normfree.benchmarks.peers"
-    small = [
-        "--model",
-        f"{peers}:small_nf_resnet26",
-        "--peers",
-        f"{peers}:small_bn_resnet26",
-        "--batch",
-        "16",
-        "--size",
-        "64",
-    ]
+    small = f"--model {peers}:small_nf_resnet26 --peers {peers}:small_bn_resnet26 --batch 16 --size 64".split()
     code, out, err = run("bench", "memory", *small, "--processes", "1", "--json")
     assert code == 0, err
     assert 0.2 < json.loads(out)["rows"][0]["ratio"] < 0.9
@@ -295,6 +286,7 @@ def test_bench_refuses_names_and_numbers(run):
     assert code == 2
     assert "no model is called 'nf_resnet5'; did you mean nf_resnet50" in err
     assert "rounds at least 2" in run("bench", "--rounds", "1")[2]
+    assert "inference has neither" in run("bench", "inference", "--accumulate", "2")[2]
 
 
 def test_a_folder_does_not_hide_a_network(run, tmp_path):

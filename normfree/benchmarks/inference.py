@@ -15,7 +15,12 @@ PEERS = ("torchvision:resnet50",)
 
 
 def inference(setting: Setting, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Measure one row per peer: the ratio of our time, folded; both run interleaved, in processes of their own."""
+    """Measure one row per peer: the ratio of our time, folded; both run interleaved, in processes of their own.
+
+    Raises ValueError for what only training has.
+    """
+    if setting.accumulate > 1 or setting.recompute_weights:
+        raise ValueError("accumulate and recompute_weights are of training steps; inference has neither")
     return [asdict(ratio) for ratio in ratios(in_processes(__spec__.name, setting, advance), setting.ours)]
 
 
@@ -23,7 +28,10 @@ def _measure(setting: Setting) -> dict[str, list[float]]:
     steps = {}
     for name, model, x in setting.candidates():
         model.eval()
-        steps[name] = _step(fold(model) if has_scaled_layers(model) else _fuse_batch_norm(model), x)
+        folded = fold(model) if has_scaled_layers(model) else _fuse_batch_norm(model)
+        if setting.compile:
+            folded.compile()
+        steps[name] = _step(folded, x)
     return interleave(steps, setting.ours, rounds=setting.rounds)
 
 

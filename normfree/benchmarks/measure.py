@@ -154,12 +154,10 @@ class Setting:
             model = model_factory(self.model if is_ours else name)()
             if is_ours and self.convert:
                 model = convert(model, torch.randn(2, 3, *self.size)).model
-            recompute_weights(model, self.recompute_weights)
+            if is_ours and self.recompute_weights:
+                recompute_weights(model)
             x = torch.randn(self.batch, 3, *(self.size if is_ours else self.peer_size or self.size))
-            model = open_and_steady(model).to(memory_format=layout)
-            if self.compile:
-                model.compile()
-            yield name, model, x.contiguous(memory_format=layout)
+            yield name, open_and_steady(model).to(memory_format=layout), x.contiguous(memory_format=layout)
 
 
 def added_peak(function: Callable[..., object], *args: Any) -> int:

@@ -21,7 +21,10 @@ PEERS = (
 
 
 def train_step(setting: Setting, advance: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Measure one row per peer: ratios of our time and kept bytes; both run interleaved, in processes of their own."""
+    """Measure one row per peer: ratios of our time and kept bytes; both run interleaved, in processes of their own.
+
+    What is kept is that of the networks before they are compiled.
+    """
     runs = in_processes(__spec__.name, setting, advance)
     kept = runs[0]["kept"]
     ours = kept[setting.ours]
@@ -35,17 +38,19 @@ def _measure(setting: Setting) -> dict[str, Any]:
     steps, kept = {}, {}
     for name, model, x in setting.candidates():
         kept[name] = kept_bytes(model.train(), x)
-        steps[name] = step(model, x, setting.accumulate)
+        steps[name] = step(model, x, setting)
     return {"times": interleave(steps, setting.ours, rounds=setting.rounds), "kept": kept}
 
 
-def step(model: nn.Module, x: Tensor, accumulate: int = 1) -> Callable[[], None]:
+def step(model: nn.Module, x: Tensor, setting: Setting) -> Callable[[], None]:
     """Return a training step: forward and backward passes, one after the other, and an update by SGD with momentum."""
+    if setting.compile:
+        model.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9, foreach=True)
 
     def run() -> None:
-        with shared_weights(model) if accumulate > 1 else contextlib.nullcontext():
-            for _ in range(accumulate):
+        with shared_weights(model) if setting.accumulate > 1 else contextlib.nullcontext():
+            for _ in range(setting.accumulate):
                 model(x).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

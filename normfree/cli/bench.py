@@ -64,7 +64,7 @@ def bench(
         accumulate: Batches per update; our weights are computed once for all (`normfree.nn.shared_weights`).
         compile: Compile all networks (torch.compile).
         recompute_weights: Keep no effective weight of ours for the backward pass (`normfree.nn.recompute_weights`).
-        allocator: "tuned" makes glibc keep what is freed, which takes page faults out of the comparison.
+        allocator: "tuned" makes glibc keep what is freed, which takes page faults out of times.
         threads: Number of threads of PyTorch.
         rounds: At least so many in each process, and up to 15 while the ratios scatter.
         processes: How many, one after the other: where a process's memory comes to lie moves a ratio too.
@@ -78,14 +78,15 @@ def bench(
         check_writable(out, [".json"])
     height, width = height_and_width(size) or (224, 224)
     setting = Setting(
-        model, peers, convert, batch, (height, width), height_and_width(peer_size), channels_last, allocator, threads,
-        accumulate, compile, recompute_weights, rounds, processes,
+        model, peers, convert, batch, (height, width), height_and_width(peer_size), channels_last,
+        "returning" if what == "memory" else allocator, threads, accumulate, compile, recompute_weights, rounds,
+        processes,
     )  # fmt: skip
     document = {"machine": machine(), "what": what, "setting": asdict(setting), "rows": _measure(what, setting)}
-    _give(document, setting, out, json_output)
+    _save_and_show(document, setting, out, json_output)
 
 
-def _give(document: dict[str, Any], setting: Setting, out: Path | None, json_output: bool) -> None:
+def _save_and_show(document: dict[str, Any], setting: Setting, out: Path | None, json_output: bool) -> None:
     if out is not None:
         with replacing(out) as path:
             path.write_text(json.dumps(document, indent=2) + "\n")
@@ -104,7 +105,7 @@ def _measure(what: str, setting: Setting) -> list[dict[str, Any]]:
 
 
 def _show(what: str, setting: Setting, rows: list[dict[str, Any]]) -> None:
-    where, allocator = machine(), "returning" if what == "memory" else setting.allocator
+    where, allocator = machine(), setting.allocator
     size = "×".join(map(str, setting.size))
     print(f"{where['processor']}, {setting.threads} threads, load {where['load']}, {where['versions']}")
     print(
