@@ -1,4 +1,4 @@
-"""The weight pass and the matrix form compute what each layer computes by itself."""
+"""The weight pass computes what each layer computes by itself."""
 
 import contextlib
 import copy
@@ -17,66 +17,14 @@ from normfree import ScaledWSConv2d, convert, create_model, fold
 from normfree.nn import (
     ScaledWSConvTranspose2d,
     ScaledWSLinear,
-    kept_weights,
     matrix_form,
     recompute_weights,
     scaled_layer,
-    shared_weights,
     weight_pass,
 )
 from normfree.nn.weight_pass import attach, detach
-from tests.helpers import assert_close, assert_equal
-
-F64 = torch.float64
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    layers = [
-        ScaledWSConv2d(3, 6, 3, padding=1, in_scale=1.3), nn.ReLU(),
-        ScaledWSConv2d(6, 6, 3, padding="same", stride=2, skip_gain=0.4, out_scale=0.7), nn.ReLU(),
-        ScaledWSConv2d(6, 6, 3, padding=1, bias=False), nn.Flatten(), ScaledWSLinear(96, 5, out_scale=0.5),
-    ]  # fmt: skip
-    model = nn.Sequential(*layers).double()
-    with torch.no_grad():
-        for layer in scaled(model):
-            layer.gain.normal_(1, 0.3)
-            if layer.bias is not None:
-                layer.bias.normal_()
-    return model
-
-
-def scaled(model):
-    return [module for module in model.modules() if isinstance(module, scaled_layer.ScaledWS)]
-
-
-def images(count=2, size=8, dtype=F64):
-    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
-
-
-def outcome(model, x, *, passes=3):
-    """The output and all gradients of the last of several passes; the order of layers is learned in the first."""
-    for _ in range(passes):
-        model.zero_grad()
-        out = model(x)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same(ours, theirs, tolerance=0.0):
-    assert ours[1].keys() == theirs[1].keys()
-    pairs = {"output": (ours[0], theirs[0])} | {name: (grad, theirs[1][name]) for name, grad in ours[1].items()}
-    for name, (one, other) in pairs.items():
-        assert (one is None) == (other is None), name
-        if one is not None and tolerance:
-            assert_close(one, other, tolerance, name)
-        elif one is not None:
-            assert_equal(one, other, name)
-
-
-def attached(model):
-    attach(model)
-    return model
+from tests.helpers import assert_close
+from tests.nn.small_networks import F64, ChannelsLast, assert_same, attached, hooked, images, net, outcome, scaled
 
 
 def taken(model, x, monkeypatch):
@@ -146,15 +94,6 @@ def networks(draw):
     return model
 
 
-class ChannelsLast(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x.movedim(1, -1)).movedim(-1, 1)
-
-
 @settings(max_examples=40, deadline=None)
 @given(networks(), st.sampled_from([torch.float64, torch.float32]), st.booleans())
 def test_whatever_the_network_both_paths_agree_bit_for_bit(model, dtype, autocast):
@@ -181,54 +120,6 @@ def test_second_derivatives_exist_in_every_path(large, monkeypatch):
     inputs = (x, *model.parameters())
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda **kw: ScaledWSConv2d(16, 64, 3, padding=1, **kw),
-        lambda **kw: ScaledWSConv2d(16, 64, 3, padding="same", stride=2, **kw),
-        lambda **kw: ScaledWSConv2d(16, 64, 3, padding="valid", dilation=2, **kw),
-        lambda **kw: ScaledWSConv2d(16, 64, 3, padding=1, padding_mode="reflect", **kw),
-        lambda **kw: ScaledWSConv2d(16, 64, 1, stride=2, **kw),
-        lambda **kw: ChannelsLast(ScaledWSLinear(16, 64, **kw)),
-    ],
-)
-@pytest.mark.parametrize("skip_gain", [None, 0.5])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_matrix_form_is_the_layer(make, skip_gain, bias, monkeypatch):
-    torch.manual_seed(0)
-    model = make(skip_gain=skip_gain, bias=bias, in_scale=1.7, out_scale=0.3).double()
-    (layer,) = scaled(model)
-    with torch.no_grad():
-        layer.weight -= 0.8 * layer.weight.flatten(1).mean(1).view(-1, *[1] * (layer.weight.ndim - 1))
-        layer.weight[3] *= 1e-6  # clamped
-        layer.gain.normal_()
-    x = torch.randn(2, 16, 5, 6, dtype=F64, requires_grad=True)
-    expected, expected_x = outcome(model, x, passes=1), x.grad
-    used = []
-    monkeypatch.setattr(scaled_layer, "LARGE", 1)
-    monkeypatch.setattr(matrix_form, "LARGE", 1)
-    monkeypatch.setattr(matrix_form, "_TIMES", 0)
-    apply = matrix_form._MatrixForm.apply
-    monkeypatch.setattr(matrix_form._MatrixForm, "apply", lambda *args: used.append(1) or apply(*args))
-    x.grad = None
-    assert_same(outcome(model, x, passes=1), expected, 1e-12)
-    assert_close(x.grad, expected_x, 1e-12)
-    assert used
-    with torch.no_grad():
-        layer.weight += 5  # the mean is most of each filter
-    x.grad = None
-    used.clear()
-    outcome(model, x, passes=1)
-    assert used == [], "it would lose digits"
-
-
-def test_a_large_weight_and_few_positions_take_the_matrix_form():
-    weight = torch.empty(512, 512, 3, 3)
-    assert matrix_form.prefers_matrix_form(weight, 8)
-    assert not matrix_form.prefers_matrix_form(weight, 16 * 14 * 14)
-    assert not matrix_form.prefers_matrix_form(torch.empty(64, 64, 3, 3), 1)
 
 
 def test_a_layer_that_is_called_twice_or_alone_computes_its_own():
@@ -288,70 +179,6 @@ def test_a_parameter_that_changes_is_seen_wherever_it_happens():
         model[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an in-place operation"):
         out.sum().backward()
-
-
-@pytest.mark.parametrize("write", ["data", "no_grad", "swap", "gain", "scale"])
-def test_inference_keeps_weights_until_something_changes(write, monkeypatch):
-    monkeypatch.setattr(kept_weights, "_KEPT", 1)
-    model, x = attached(net()).eval(), images()
-    calls = []
-    compute = weight_pass._compute
-    monkeypatch.setattr(weight_pass, "_compute", lambda found: calls.append(len(found)) or compute(found))
-    with torch.no_grad():
-        for _ in range(3):
-            model(x)
-        assert calls == [4]
-        layer = model[2]
-        if write == "data":
-            layer.weight.data[1, 2] *= 1.5
-        elif write == "no_grad":
-            layer.weight[0, 0].add_(1)
-        elif write == "swap":  # of two filters
-            layer.weight.data.copy_(layer.weight.data.flip(0))
-        elif write == "gain":
-            layer.gain.data.mul_(2)
-        else:
-            layer.out_scale.data.fill_(3)
-        plain = copy.deepcopy(model)
-        detach(plain)
-        assert_close(model(x), plain(x), 0)
-        assert calls == [4, 1]
-    model.train()
-    model(x)
-    assert not hooked(model).keep.kept
-
-
-def test_networks_made_or_moved_in_inference_mode_run():
-    x = images()
-    with torch.inference_mode():
-        made = attached(net()).eval()
-        expected = made(x)
-        assert torch.equal(made(x), expected)
-    moved = attached(net().float()).eval()
-    with torch.inference_mode():
-        moved.double()
-        for _ in range(2):
-            assert_close(moved(x), moved.to(F64)(x), 0)
-
-
-def test_one_position_may_be_overwritten_in_place():
-    """A large weight on an image that has shrunk to one pixel."""
-    torch.manual_seed(0)
-    layer = ScaledWSConv2d(256, 512, 1)
-    model, x = nn.Sequential(layer, nn.ReLU(inplace=True)), torch.randn(1, 256, 1, 1)
-    assert matrix_form.prefers_matrix_form(layer.weight, 1)
-    found = outcome(model, x, passes=1)
-    with torch.no_grad():
-        assert_close(found[0], nn.functional.conv2d(x, *layer.effective_parameters()).relu(), 1e-5)
-    recomputed = nn.functional.conv2d(x, *layer.effective_parameters()).relu()
-    model.zero_grad()
-    (recomputed * torch.linspace(-1, 1, 512).view_as(recomputed)).sum().backward()
-    for parameter, grad in zip(model.parameters(), found[1].values(), strict=True):
-        assert_close(parameter.grad, grad, 1e-5)
-
-
-def hooked(model):
-    return next(iter(model._forward_pre_hooks.values())).__self__
 
 
 def test_copies_and_pickles_have_passes_of_their_own(monkeypatch):
@@ -457,47 +284,6 @@ def test_folding_leaves_no_hooks():
     folded = fold(model)
     assert not folded._forward_pre_hooks
     assert not folded._forward_hooks
-
-
-@pytest.mark.parametrize("passes", [1, 3])
-def test_shared_weights_are_computed_once_and_have_exact_gradients(passes, monkeypatch):
-    model, parts = net(), [images(2) + i for i in range(passes)]
-    for part in parts:
-        model(part).square().sum().backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    attach(model)
-    calls = []
-    compute = weight_pass._compute
-    monkeypatch.setattr(weight_pass, "_compute", lambda found: calls.append(len(found)) or compute(found))
-    with shared_weights(model):
-        for part in parts:
-            model(part).square().sum().backward()
-        assert model[0].weight.grad is None
-    assert sum(calls) == 4
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, expected[name], 1e-12)
-
-
-def test_shared_weights_refuse_what_would_be_lost():
-    model, x = net(), images()
-    with shared_weights(model):
-        out = model(x)
-    with pytest.raises(RuntimeError, match="must end within it"):
-        out.sum().backward()
-    with pytest.raises(RuntimeError, match="modified by an in-place"):
-        _change_inside(model, x)
-    assert scaled_layer.in_force.source is None
-    with pytest.raises(KeyError), shared_weights(model):
-        raise KeyError
-    assert scaled_layer.in_force.source is None
-
-
-def _change_inside(model, x):
-    with shared_weights(model):
-        model(x).sum().backward()
-        with torch.no_grad():
-            model[0].weight.mul_(2)
 
 
 def test_weights_are_computed_again_where_that_is_asked_for(monkeypatch):
