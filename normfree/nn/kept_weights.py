@@ -39,8 +39,15 @@ class KeptWeights:
 
 
 def probes_of(sources_of: dict[ScaledWS, tuple[Any, ...]]) -> dict[ScaledWS, Tensor]:
-    """Return a probe of each layer whose weight is large enough to be kept, from all that it is computed from."""
-    return {layer: _probe(layer, sources) for layer, sources in sources_of.items() if sources[0].numel() >= _KEPT}
+    """Return a probe of each layer whose weight is large enough to be kept, from all that it is computed from.
+
+    Not on a GPU, where to look at a probe is to wait for all that has been launched.
+    """
+    return {
+        layer: _probe(layer, sources)
+        for layer, sources in sources_of.items()
+        if sources[0].is_cpu and sources[0].numel() >= _KEPT
+    }
 
 
 def _probe(layer: ScaledWS, sources: tuple[Any, ...]) -> Tensor:

@@ -98,15 +98,16 @@ class ScaledWS(Scales):
 
     def effective_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Return W_eff, of the weight's shape, and b_eff, (out_channels,) or None: those of an equal plain layer."""
-        kernels = self._kernels()
+        kernels = self.kernels()
         if kernels is not None:
-            return kernels.effective_parameters(*self._factors(), eps=self.eps, dtype=self.weight.dtype)
+            weight, bias = kernels.effective_parameters([self.factors()], self.weight.dtype)[0]
+            return weight, bias
         return self._effective()[:2]
 
     def _effective(self) -> Effective:
         """Compute what the layer computes with."""
         if self.standardize and self.weight.dtype is self.in_scale.dtype:
-            factors = self.factors(self.in_scale, self.out_scale)
+            factors = self.factors()
             if computes_fast(factors):
                 factors = factors._replace(in_scale=self.in_scale.item(), out_scale=self.out_scale.item())
                 weight, bias, scale = effective_parameters([factors])[0]
@@ -121,10 +122,10 @@ class ScaledWS(Scales):
             weight = filters * scale.to(filters.dtype).view(-1, *[1] * (filters.ndim - 1))
         return Effective(self.unfilters(weight), bias, None)
 
-    def factors(self, in_scale: Any, out_scale: Any) -> Factors:
-        """Return the factors of the effective weight and bias, with these scales."""
+    def factors(self) -> Factors:
+        """Return the factors of the effective weight and bias."""
         filters = self.filters(self.weight)
-        return Factors(filters, self.gain, self.bias, self.skip_gain, in_scale, out_scale, self.eps)
+        return Factors(filters, self.gain, self.bias, self.skip_gain, self.in_scale, self.out_scale, self.eps)
 
     def _weight_again(self, weight: Tensor, scale: Tensor) -> Tensor:
         return self.unfilters(standardized_again(self.filters(weight), scale, self.eps))
@@ -133,11 +134,11 @@ class ScaledWS(Scales):
         """Return call(W_eff, b_eff), which takes `input`."""
         if torch.compiler.is_compiling():
             return call(*self.effective_parameters())
-        kernels = self._kernels()
-        if kernels is not None:
-            return self._with_kernels(kernels, input, call)
         source = in_force.source
-        weight, bias, scale = (None if source is None else source.take(self)) or self._effective()
+        found = None if source is None else source.take(self)
+        if found is None and (kernels := self.kernels()) is not None:
+            return self._with_kernels(kernels, input, call)
+        weight, bias, scale = found or self._effective()
         if scale is None or not self._computes_again(weight, input):
             return call(weight, bias)
         with recomputing(weight, self._weight_again, self.weight, scale):
@@ -155,40 +156,42 @@ class ScaledWS(Scales):
             and not torch.is_autocast_enabled("cpu")
             and self.standardize
             and self.in_scale.dtype is weight.dtype
-            and computes_fast(self.factors(1.0, 1.0))
+            and computes_fast(self.factors())
             and weight.is_contiguous()
             and _torch.nobody_watches()
         )
 
     def _apply_to_patches(self, patches: Tensor) -> Tensor | None:
-        return apply_to_patches(patches, self.factors(self.in_scale.item(), self.out_scale.item()))
+        before, after = self.in_scale.item(), self.out_scale.item()
+        return apply_to_patches(patches, self.factors()._replace(in_scale=before, out_scale=after))
 
     def _with_kernels(self, kernels: Any, input: Tensor, call: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        both = functools.partial(kernels.effective_parameters, eps=self.eps, dtype=_autocast_dtype(self.weight))
-        sources = self._factors()
-        weight, bias = both(*sources)
-        if weight.dtype != self.weight.dtype or not self._computes_again(weight, input):
+        factors, dtype = self.factors(), autocast_dtype(self.weight)
+        weight, bias = kernels.effective_parameters([factors], dtype)[0]
+        if dtype is not self.weight.dtype or not self._computes_again(weight, input):
             return call(weight, bias)
-        with recomputing(weight, lambda *factors: both(*factors)[0], *sources):
+
+        def again(*tensors: Any) -> Tensor:
+            found: Tensor = kernels.effective_parameters([Factors._make([*tensors, self.eps])], dtype)[0][0]
+            return found
+
+        with recomputing(weight, again, *factors[:-1]):
             return call(weight, bias)
 
     def _computes_again(self, weight: Tensor, input: Tensor) -> bool:
         """Tell whether W_eff is computed again in the backward pass rather than kept."""
+        if self.recompute_weight or weight.is_cuda:  # a GPU would wait for the launches
+            return self.recompute_weight
         size = weight.numel()
         positions = input.numel() // max(1, input.shape[self.channel_axis])
-        again = size >= SMALL and positions > _FEW and input.numel() < _FAR * size
-        return self.recompute_weight or again
+        return size >= SMALL and positions > _FEW and input.numel() < _FAR * size
 
-    def _kernels(self) -> Any:
+    def kernels(self) -> Any:
         """Return the module of fused kernels where they can be used, or None."""
         if not (self.weight.is_cuda and self.standardize and type(self).filters is ScaledWS.filters):
             return None
         kernels = None if torch.compiler.is_compiling() else _import_fused()
-        return kernels if kernels is not None and kernels.supports(*self._factors()) else None
-
-    def _factors(self) -> tuple[Tensor | None, ...]:
-        """Return the factors of W_eff and b_eff, in the order of the fused kernels."""
-        return self.weight, self.gain, self.bias, self.in_scale, self.out_scale, self.skip_gain
+        return kernels if kernels is not None and kernels.supports(self.factors()) else None
 
     def extra_repr(self) -> str:
         """Show what differs from a plain layer."""
@@ -211,7 +214,7 @@ def _import_fused() -> Any:
     return fused
 
 
-def _autocast_dtype(weight: Tensor) -> torch.dtype:
+def autocast_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype that a convolution or a linear layer gives the weight under autocast."""
     kind = weight.device.type
     rounded = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)

@@ -112,6 +112,29 @@ def versions(tensors: Iterable[Tensor | None]) -> int:
         return sum(tensor._version for tensor in found if not tensor.is_inference())
 
 
+def refuse_changed(group: Sequence[Factors], before: int) -> None:
+    """Raise RuntimeError if the versions of the group's parameters are not as they were."""
+    if versions(itertools.chain.from_iterable(factors[:4] for factors in group)) != before:
+        raise RuntimeError(
+            "a parameter needed for the backward pass has been modified by an in-place operation: of weights of "
+            f"shapes {', '.join(str(tuple(factors.weight.shape)) for factors in group)}"
+        )
+
+
+def mark_frozen(ctx: Any, results: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> None:
+    """Mark those W_eff and b_eff as not differentiable of which no factor learns; four tensors make two results."""
+    learns = [tensor is not None and tensor.requires_grad for tensor in tensors]
+    frozen = []
+    for index in range(0, len(tensors), 4):
+        weight, bias = results[index // 2], results[index // 2 + 1]
+        if weight is not None and not (learns[index] or learns[index + 1] or learns[index + 3]):
+            frozen.append(weight)
+        if bias is not None and not (learns[index + 2] or learns[index + 3]):
+            frozen.append(bias)
+    if frozen:
+        ctx.mark_non_differentiable(*frozen)
+
+
 def standardized_again(weight: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Compute W_eff again from the weight and the scale that `effective_parameters` has returned; without gradient."""
     filters = StandardizedFilters([weight], scale, eps)
@@ -186,26 +209,13 @@ class _Effective(torch.autograd.Function):
         for index in done.multiplied:
             results[2 * index + 1] = done.biases[index]
         del done.weights, done.biases, done.scales
-        learns = [tensor is not None and tensor.requires_grad for tensor in tensors]
-        frozen: list[Tensor] = []
-        for index in range(0, len(tensors), 4):
-            weight, bias = results[index // 2], results[index // 2 + 1]
-            if not (learns[index] or learns[index + 1] or learns[index + 3]):
-                frozen.append(weight)
-            if bias is not None and not (learns[index + 2] or learns[index + 3]):
-                frozen.append(bias)
-        if frozen:
-            ctx.mark_non_differentiable(*frozen)
+        mark_frozen(ctx, results, tensors)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = list(itertools.chain.from_iterable(factors[:4] for factors in ctx.group))
-        if versions(tensors) != ctx.versions:
-            raise RuntimeError(
-                "a parameter needed for the backward pass has been modified by an in-place operation: of weights of "
-                f"shapes {', '.join(str(tuple(factors.weight.shape)) for factors in ctx.group)}"
-            )
+        refuse_changed(ctx.group, ctx.versions)
         wanted = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_gradients(ctx.group, tensors, grads, wanted)

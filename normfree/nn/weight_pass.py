@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from normfree import _torch
 from normfree.nn.kept_weights import KeptWeights, probes_of
-from normfree.nn.scaled_layer import ScaledWS, in_force
+from normfree.nn.scaled_layer import ScaledWS, autocast_dtype, in_force
 from normfree.nn.standardization import Effective, Factors, effective_parameters, versions
 
 # Elements of the weights of a group, unless one layer has more: the effective weights of a group and their gradients
@@ -52,7 +52,7 @@ class WeightPass:
     def begin(self, network: nn.Module, args: Any = ()) -> None:
         """Open a pass, unless layers compute their own weights, or those that `shared_weights` holds are used."""
         replica = getattr(network, "_is_replica", False)  # DataParallel's, in a thread
-        if not _torch.only_eager() or replica or isinstance(in_force.source, _Shared) or _torch.shards():
+        if replica or isinstance(in_force.source, _Shared) or not _may_compute_ahead():
             return
         if network.training:
             self.keep.kept.clear()
@@ -71,19 +71,24 @@ class WeightPass:
             in_force.source = source.before
 
 
+def _may_compute_ahead() -> bool:
+    """Tell whether operations just run: none is traced, nor captured into a CUDA graph, which can hold no addresses."""
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return _torch.only_eager() and not _torch.shards() and not captured
+
+
 class _Plan:
     """Layers in groups, whose weights are computed together. It is replaced, not changed: threads may be using it."""
 
     def __init__(self, layers: Sequence[ScaledWS] = ()) -> None:
         self.groups: list[list[ScaledWS]] = []
         self.group_of: dict[ScaledWS, int] = {}
-        room, alike = 0, None
+        room = 0
         for layer in layers:
-            kind = (layer.weight.dtype, layer.weight.device)
             room -= layer.weight.numel()
-            if room < 0 or kind != alike:
+            if room < 0 or not self.groups:
                 self.groups.append([])
-                room, alike = _GROUP - layer.weight.numel(), kind
+                room = _GROUP - layer.weight.numel()
             self.groups[-1].append(layer)
             self.group_of[layer] = len(self.groups) - 1
 
@@ -111,67 +116,83 @@ class _Waiting(NamedTuple):
     """An effective weight that waits for its layer, and what it was computed from."""
 
     effective: Effective
-    sources: tuple[Tensor | None, ...]
+    sources: tuple[Any, ...]
     versions: int
 
     def holds(self, layer: ScaledWS) -> bool:
-        """Tell whether the layer still has what it had then."""
-        return all(map(operator.is_, _sources(layer), self.sources)) and versions(self.sources) == self.versions
+        """Tell whether the layer still has what it had then, and computes with this dtype."""
+        dtype, sources = self.effective.weight.dtype, _sources(layer)
+        return (
+            all(map(operator.is_, sources, self.sources))
+            and versions(sources) == self.versions
+            and (dtype is self.sources[0].dtype or dtype is autocast_dtype(self.sources[0]))
+        )
 
 
-def _sources(layer: ScaledWS) -> tuple[Tensor | None, ...]:
-    """Return what the effective weight and bias depend on: weight, gain, bias, SkipInit gain and scales."""
+def _sources(layer: ScaledWS) -> tuple[Any, ...]:
+    """Return what the effective weight and bias depend on, in the order of `Factors`."""
     of, scales = layer._parameters.get, layer._buffers.get
     return of("weight"), of("gain"), of("bias"), of("skip_gain"), scales("in_scale"), scales("out_scale")
 
 
-def _can_wait(layer: ScaledWS, sources: Sequence[Any]) -> bool:
-    """Tell whether a layer's effective weight may be computed ahead of its call, from its sources."""
+def _kind(layer: ScaledWS, sources: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Return what layers that are computed together have in common; None where a layer must compute its own."""
     weight, gain, bias, skip_gain, in_scale, out_scale = sources
-    if type(weight) is not nn.Parameter or type(gain) is not nn.Parameter or in_scale is None or out_scale is None:
-        return False
-    dtype = weight.dtype
-    return (
-        weight.is_cpu
+    if weight is None or gain is None or in_scale is None or out_scale is None:
+        return None
+    dtype, of_scales = weight.dtype, in_scale.dtype
+    alike = (
+        all(type(t) is nn.Parameter and t.dtype is dtype for t in (weight, gain, bias, skip_gain) if t is not None)
+        and out_scale.dtype is of_scales
         and weight.numel() > 0
         and layer.standardize
         and not layer._forward_pre_hooks  # which may set the weight
-        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is dtype))
-        and (skip_gain is None or (type(skip_gain) is nn.Parameter and skip_gain.dtype is dtype))
-        and gain.dtype is dtype
-        and in_scale.dtype is dtype
-        and out_scale.dtype is dtype
         and "parametrizations" not in layer._modules
     )
+    kernels = layer.kernels() if alike and not layer.recompute_weight else None
+    if kernels is not None:
+        return kernels, weight.device, dtype, of_scales, layer.eps
+    return (None, dtype) if alike and weight.is_cpu and of_scales is dtype else None
 
 
 def _wait(layers: Sequence[ScaledWS], keep: KeptWeights | None = None) -> dict[ScaledWS, _Waiting]:
     """Compute W_eff and b_eff of the layers that can wait, but for those that `keep` has."""
-    found = {layer: sources for layer in layers if _can_wait(layer, sources := _sources(layer))}
+    found: dict[ScaledWS, tuple[Any, ...]] = {}
+    groups: dict[tuple[Any, ...], list[ScaledWS]] = {}
+    for layer in layers:
+        sources = _sources(layer)
+        kind = _kind(layer, sources)
+        if kind is not None:
+            found[layer] = sources
+            groups.setdefault(kind, []).append(layer)
     probes = {} if keep is None else probes_of(found)
-    kept = {} if keep is None else keep.unchanged(probes)
-    fresh = {layer: sources for layer, sources in found.items() if layer not in kept} if kept else found
-    computed = _compute(fresh) if fresh else {}
-    if keep is not None:
-        keep.add(computed, probes)
-    return {
-        layer: _Waiting(kept[layer] if layer in kept else computed[layer], sources, versions(sources))
-        for layer, sources in found.items()
-    }
+    effective = {} if keep is None else keep.unchanged(probes)
+    for (kernels, *_), members in groups.items():
+        fresh = [layer for layer in members if layer not in effective] if effective else members
+        if fresh:
+            group = [
+                Factors._make((layer.filters(of[0]), *of[1:], layer.eps))
+                for layer, of in zip(fresh, map(found.__getitem__, fresh), strict=True)
+            ]
+            computed = dict(zip(fresh, _compute(kernels, group, fresh), strict=True))
+            effective.update(computed)
+            if keep is not None:
+                keep.add(computed, probes)
+    return {layer: _Waiting(effective[layer], sources, versions(sources)) for layer, sources in found.items()}
 
 
-def _compute(sources_of: dict[ScaledWS, tuple[Any, ...]]) -> dict[ScaledWS, Effective]:
-    *_, befores, afters = zip(*sources_of.values(), strict=True)
+def _compute(kernels: Any, group: Sequence[Factors], layers: Sequence[ScaledWS]) -> Iterator[Effective]:
+    if kernels is not None:
+        dtype = autocast_dtype(group[0].weight)
+        return (Effective(weight, bias, None) for weight, bias in kernels.effective_parameters(group, dtype))
+    *_, befores, afters, _ = zip(*group, strict=True)
     scales = torch.stack(befores + afters).tolist()
-    group = []
-    for index, (layer, (weight, gain, bias, skip_gain, *_)) in enumerate(sources_of.items()):
-        scale = scales[index], scales[len(befores) + index]
-        group.append(Factors(layer.filters(weight), gain, bias, skip_gain, *scale, layer.eps))
-    results = effective_parameters(group)
-    return {
-        layer: Effective(layer.unfilters(weight), bias, scale)
-        for layer, (weight, bias, scale) in zip(sources_of, results, strict=True)
-    }
+    pairs = zip(group, scales[: len(group)], scales[len(group) :], strict=True)
+    found = effective_parameters([factors._replace(in_scale=one, out_scale=other) for factors, one, other in pairs])
+    return (
+        Effective(layer.unfilters(weight), bias, scale)
+        for layer, (weight, bias, scale) in zip(layers, found, strict=True)
+    )
 
 
 class _Pass:
@@ -208,7 +229,7 @@ class _Pass:
     def close(self) -> None:
         """Learn the order in which layers have asked, if all that ran could."""
         known = self.plan.group_of
-        layers = [layer for layer in self.asked if layer in known or _can_wait(layer, _sources(layer))]
+        layers = [layer for layer in self.asked if layer in known or _kind(layer, _sources(layer))]
         if not self.disturbed and layers != list(known):
             self.owner.plan = _Plan(layers)
 
@@ -218,7 +239,7 @@ class _Shared:
 
     def __init__(self, network: nn.Module) -> None:
         layers = [module for module in network.modules() if isinstance(module, ScaledWS)]
-        self.plan = _Plan([layer for layer in layers if _can_wait(layer, _sources(layer))])
+        self.plan = _Plan([layer for layer in layers if _kind(layer, _sources(layer))])
         self.derives = torch.is_grad_enabled()
         self.waiting: dict[ScaledWS, _Waiting] = {}
         self.pairs: list[tuple[Tensor, Tensor]] = []  # what was computed, and the leaf that stands for it
@@ -280,7 +301,7 @@ def shared_weights(network: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: From a backward pass after the end, or where a parameter was changed inside.
     """
-    if isinstance(in_force.source, _Shared) or not _torch.only_eager() or _torch.shards():
+    if isinstance(in_force.source, _Shared) or not _may_compute_ahead():
         yield
         return
     before, in_force.source = in_force.source, _Shared(network)

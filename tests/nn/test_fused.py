@@ -29,7 +29,8 @@ needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in 
 @pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="they run here themselves")
 def test_they_pass_these_tests_in_a_process_that_interprets_triton():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, __file__.replace("test_fused", "test_fused_groups")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
@@ -69,9 +70,8 @@ def test_values_and_gradients_are_those_of_the_formula(make, dtype):
             layer.bias.normal_()
     exact = make().to(DEVICE, torch.float64)
     exact.load_state_dict({name: t.double() for name, t in layer.state_dict().items()})
-    factors = layer._factors()
-    found = fused.effective_parameters(*factors, eps=layer.eps, dtype=dtype)
-    expected = composed(exact.factors(exact.in_scale, exact.out_scale))
+    found = fused.effective_parameters([layer.factors()], dtype)[0]
+    expected = composed(exact.factors())
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
     weigh = [torch.randn_like(t) if t is not None else None for t in found]
     ours, theirs = (
@@ -98,8 +98,8 @@ def test_it_rounds_to_another_dtype_and_refuses_second_derivatives():
     from normfree.nn import fused
 
     layer = ScaledWSConv2d(5, 4, 3, skip_gain=0.5).to(DEVICE)
-    rounded, _ = fused.effective_parameters(*layer._factors(), eps=1e-4, dtype=torch.bfloat16)
-    weight, _ = fused.effective_parameters(*layer._factors(), eps=1e-4, dtype=torch.float32)
+    [(rounded, _)] = fused.effective_parameters([layer.factors()], torch.bfloat16)
+    [(weight, _)] = fused.effective_parameters([layer.factors()], torch.float32)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), weight, rtol=2**-7, atol=0)  # the interpreter cuts off
     (grad,) = torch.autograd.grad(weight.square().sum(), layer.weight, create_graph=True)
@@ -149,11 +149,11 @@ def test_layers_that_use_them_and_that_do_not_are_alike(way, monkeypatch):
     results, used = [], []
 
     def kernels(layer):
-        used.append(fused.supports(*layer._factors()))
+        used.append(fused.supports(layer.factors()))
         return fused if used[-1] else None
 
     for choice in (kernels, lambda layer: None):
-        monkeypatch.setattr(ScaledWS, "_kernels", choice)
+        monkeypatch.setattr(ScaledWS, "kernels", choice)
         layer.zero_grad()
         x.grad = None
         out = way(layer, x)
@@ -170,18 +170,18 @@ def test_layers_that_use_them_and_that_do_not_are_alike(way, monkeypatch):
 def test_traced_layers_do_not_use_them():
     from normfree.nn import fused
 
-    factors = ScaledWSConv2d(5, 4, 3).to(DEVICE)._factors()
-    assert fused.supports(*factors)
+    factors = ScaledWSConv2d(5, 4, 3).to(DEVICE).factors()
+    assert fused.supports(factors)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert not fused.supports(*factors)
-    assert not torch.func.grad(lambda gain: (gain * fused.supports(*factors)).sum())(factors[1]).any()
+        assert not fused.supports(factors)
+    assert not torch.func.grad(lambda gain: (gain * fused.supports(factors)).sum())(factors[1]).any()
 
 
 @needs_kernels
 def test_a_network_that_is_measured_and_checkpointed_at_once(monkeypatch):
     from normfree.nn import fused
 
-    monkeypatch.setattr(ScaledWS, "_kernels", lambda layer: fused if fused.supports(*layer._factors()) else None)
+    monkeypatch.setattr(ScaledWS, "kernels", lambda layer: fused if fused.supports(layer.factors()) else None)
     model = create_model("nf_resnet26", width=0.125, num_classes=3).to(DEVICE)
     model.set_grad_checkpointing()
     report = characterize(model, torch.randn(2, 3, 32, 32, device=DEVICE), backward=True)
@@ -194,5 +194,5 @@ def test_layers_use_them_on_a_gpu():
     from normfree.nn import fused
 
     layer = ScaledWSConv2d(5, 4, 3)
-    assert layer._kernels() is None
-    assert layer.cuda()._kernels() is fused
+    assert layer.kernels() is None
+    assert layer.cuda().kernels() is fused
