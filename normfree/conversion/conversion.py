@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from normfree.conversion.calibration import CLOSE, calibrate
+from normfree.conversion.comparison import observe, refuse_difference
 from normfree.conversion.decision import kept_norms, list_changes, make_plan
 from normfree.conversion.plan import Change, Plan
 from normfree.conversion.replacement import apply_plan
@@ -51,6 +52,8 @@ class Conversion:
         after: Signal of the converted network.
         departure: Largest departure from 1 of a branch's variance where it joins, after calibration.
         plan: Modules that were replaced, by path.
+        difference: With `keep="function"` the largest difference of an output from the original's in eval mode, over
+            its largest value; else None.
     """
 
     model: nn.Module
@@ -59,6 +62,7 @@ class Conversion:
     after: SignalReport
     departure: float
     plan: Plan
+    difference: float | None = None
 
     @property
     def kept(self) -> list[Change]:
@@ -70,6 +74,7 @@ class Conversion:
         lines = [
             f"{counts['replaced']} layers replaced, {counts['removed']} normalizers removed, {counts['kept']} kept",
             *([f"branches join up to {self.departure:.0%} off their variance"] if self.departure > CLOSE else []),
+            *([f"outputs differ by {self.difference:.1e} of the largest"] if self.difference is not None else []),
             *(f"{c.action:<9}{c.path}  {c.layer}{'  ' + c.note if c.note else ''}" for c in self.changes),
             "",
             "before:",
@@ -135,7 +140,8 @@ def convert(
     Raises:
         ValueError: Where nothing can be converted, or an argument cannot be.
         TypeError: For a model that is no module.
-        SignalError: Where the model does not run on the images, or a variance cannot be set.
+        SignalError: Where the model does not run on the images, a variance cannot be set, or with `keep="function"`
+            an output differs by more than rounding.
     """
     _check(model, keep, alpha, norms, exclude, depthwise)
     paths = _selected(model, norms, exclude)
@@ -147,10 +153,12 @@ def convert(
     run_watched(model, tape, *call)
     exactly = keep == "function"
     plan, changes = _decide(model, tape, paths, exclude, exactly=exactly, scale_depthwise=depthwise == "scale")
+    original = observe(model, call, plan) if exactly else None
     departure = _apply_and_calibrate(plan, model, tape, call, exactly, 0.2 if alpha is None else alpha)
     with _all_running(model, plan):
         after = characterize(model, images)
-    return Conversion(model, changes, before, after, departure, plan)
+    difference = None if original is None else refuse_difference(original, model, call, plan)
+    return Conversion(model, changes, before, after, departure, plan, difference)
 
 
 def _decide(

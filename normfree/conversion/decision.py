@@ -59,6 +59,8 @@ def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: 
 
 
 def _reason_for_no_exact_carrier(model: nn.Module, structure: Structure, path: str) -> str:
+    if (layer := structure.shared.get(path)) is not None:
+        return f"the output of {layer}, which it takes, is used elsewhere too, or leaves the network"
     if _carrier(model, structure, path) is None:
         return "no single layer can do what it does: it takes no layer's output as it is"
     if getattr(model.get_submodule(path), "running_var", None) is None:

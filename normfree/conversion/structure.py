@@ -16,6 +16,7 @@ _ALIASES = (VIEWS - {"clone", "roll", "_to_copy"}) | {
 }  # fmt: skip
 _GATES = GATES | {"tanh", "tanh_"}
 _PRODUCTS = {"mul", "mul_"}
+_KINDS = ("batch_norm", "group_norm", "layer_norm")
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Structure:
     """Normalizers that take the network's input, or a part of it, past all weight layers."""
     direct: dict[str, str] = field(default_factory=dict)
     """Normalizer -> weight layer, where it takes the layer's output as it is, and nothing else takes that."""
+    shared: dict[str, str] = field(default_factory=dict)
+    """The same where something else takes it too, or keeps it: another layer, or who called the network."""
     ends: set[str] = field(default_factory=set)
     """Weight layers that end a residual branch."""
     overwritten: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -58,9 +61,10 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
             found.of_input.add(norm)
         layers = {layer for index in taken if (layer := _as_it_is(nodes, index)) is not None}
         sole = len(found.sources[norm]) == 1 and calls[next(iter(found.sources[norm]))] == layers
-        alone = all(_owner(c.module, norms) == norm for layer in layers for c in _users(layer, children))
-        if sole and alone and _on_channels(nodes, norm):
-            found.direct[norm] = nodes[next(iter(layers))].module
+        if sole and _on_channels(nodes, norm, taken):
+            layer = next(iter(layers))
+            alone = all(_owner(nodes[user].module, norms) == norm for user in _users(layer, children, tape.held))
+            (found.direct if alone else found.shared)[norm] = nodes[layer].module
     for node in nodes:
         norm = _owner(node.module, norms)
         if norm is not None:
@@ -128,33 +132,33 @@ def _is_gate(nodes: Sequence[Node], index: int) -> bool:
 
 
 def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:
-    """The weight layer whose output this is, in another view at most."""
+    """The weight layer whose output this is, in another view at most, its channels in the same order."""
     node = nodes[index]
     while not node.weight_layer:
-        if len(node.parents) != 1 or node.op not in VIEWS:
+        if len(node.parents) != 1 or node.op not in VIEWS or node.channel_axis is None:
             return None
         node = nodes[node.parents[0]]
     return node.index
 
 
-def _on_channels(nodes: Sequence[Node], norm: str) -> bool:
+def _on_channels(nodes: Sequence[Node], norm: str, taken: set[int]) -> bool:
     """Tell whether the scale and shift of a normalizer are those of its input's channels, not of another axis."""
-    for node in nodes:
-        if node.module == norm and any(kind in node.op for kind in ("batch_norm", "group_norm", "layer_norm")):
-            taken = nodes[node.parents[0]]
-            axis = len(taken.shape) - 1 if "layer_norm" in node.op else 1
-            if taken.channel_axis not in (None, axis):
-                return False
-    return True
+    known = [node for node in nodes if node.module == norm and any(kind in node.op for kind in _KINDS)]
+    if not known:  # one that composes elementary operations: BatchNorm's convention
+        return all(nodes[index].channel_axis == 1 for index in taken)
+    parents = [(nodes[node.parents[0]], "layer_norm" in node.op) for node in known]
+    return all(node.channel_axis == (len(node.shape) - 1 if last else 1) for node, last in parents)
 
 
-def _users(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
-    """Yield the nodes that take a node's values, through views."""
+def _users(index: int, children: dict[int, list[Node]], held: set[int]) -> Iterator[int]:
+    """Yield the nodes that take a node's values, through views; itself too if it is held after the run."""
+    if index in held:
+        yield index
     for child in children[index]:
-        if child.op in VIEWS:
-            yield from _users(child.index, children) if children[child.index] else (child,)
+        if child.op in VIEWS and (children[child.index] or child.index in held):
+            yield from _users(child.index, children, held)
         else:
-            yield child
+            yield child.index
 
 
 def _writers(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:

@@ -32,6 +32,11 @@ VIEWS = RESHAPES | {
 }  # fmt: skip
 ADDITIONS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0, "addcmul": 1.0, "addcmul_": 1.0}
 SCALINGS = {"mul", "mul_", "div", "div_", "neg", "neg_"}
+# The values that they give, or the number of values, depend on which of their inputs are larger.
+SELECTIONS = {
+    "argmax", "argmin", "argsort", "batched_nms", "masked_select", "nms", "nonzero", "nonzero_numpy", "sort", "topk",
+    "unique_consecutive", "unique_dim", "_unique", "_unique2",
+}  # fmt: skip
 GATES = {"_softmax", "_safe_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"}
 NOT_A_FUNCTION_OF_VALUES = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 
@@ -72,6 +77,8 @@ def channel_axis_after(op: str, args: Sequence[Any], parents: Sequence[Activatio
     if source is None or source.channel_axis is None:
         return None
     axis, ndim = source.channel_axis, len(source.shape)
+    if op == "roll" and (not (args[2] if len(args) > 2 else ()) or axis in {d % ndim for d in args[2]}):
+        return None
     if op in RESHAPES:
         return _axis_after_view(source.shape, axis, tuple(out.shape))
     if op == "permute":

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -22,12 +23,16 @@ from normfree.trace.operations import (
     NOT_A_FUNCTION_OF_VALUES,
     QUANTIZED_WEIGHT_LAYERS,
     SCALINGS,
+    SELECTIONS,
     VIEWS,
     WEIGHT_LAYERS,
     channel_axis_after,
     same_but_for_space,
 )
 from normfree.trace.tape import Node, Operand, Tape
+
+
+_MASKS = (torch.bool, torch.uint8)
 
 
 @contextlib.contextmanager
@@ -38,16 +43,21 @@ def recording(
     *,
     reduce_weight_layers: bool = False,
     on_gradient: Callable[[int, Tensor], None] | None = None,
-) -> Iterator[None]:
+    on_module: Callable[[str, int | None, Tensor], None] | None = None,
+) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     """Record on `tape` what happens inside; `inputs` are the tensors it starts from.
+
+    Gives a function that is to be called with the outputs, while they and nothing else of the run are held.
 
     Additions of activations are reduced to statistics, terms and result, the moment they happen; with
     `reduce_weight_layers` the outputs of weight layers too. `on_gradient` is called with a node and its gradient, in a
-    later backward pass, for everything that was reduced.
+    later backward pass, for everything that was reduced; `on_module` with a module's path, the node of its output, if it
+    is one, and the output, where that is a tensor.
     """
     recorder = _Recorder(tape, model, inputs, reduce_weight_layers, on_gradient)
+    recorder.on_module = on_module
     with recorder.module_hooks(), recorder:
-        yield
+        yield recorder.note_outputs
     recorder.flush_gradient_hooks()
 
 
@@ -64,6 +74,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.tape = tape
         self.reduce_weight_layers = reduce_weight_layers
         self.on_gradient = on_gradient
+        self.on_module: Callable[[str, int | None, Tensor], None] | None = None
         self.names = {id(module): name for name, module in model.named_modules()}
         # Their gates add activations at every time step; none of that is a residual stream.
         self.recurrent = {name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
@@ -99,13 +110,15 @@ class _Recorder(_torch.TorchDispatchMode):
             self.stack.append(name)
             self.tape.last_module = name
 
-    def leave_module(self, module: nn.Module, _: Any, __: Any) -> None:
+    def leave_module(self, module: nn.Module, _: Any, output: Any) -> None:
         name = self.names.get(id(module))
         if name is not None and name in self.stack:
             # A forward that raised, and was caught by the model, has left its name above.
             while self.stack.pop() != name:
                 pass
             self.tape.last_module = self.stack[-1] if self.stack else name
+            if self.on_module is not None and isinstance(output, Tensor):
+                self.on_module(name, self._lookup(output), output)
 
     # ---- the graph
 
@@ -151,6 +164,7 @@ class _Recorder(_torch.TorchDispatchMode):
             channel_axis=channel_axis_after(op, args, [self.tape.nodes[p] for p in parents], tensor),
             weight_layer=self._is_weight_layer(op, args),
             terms=terms,
+            selects=op in SELECTIONS or (op == "index" and any(i.dtype in _MASKS for i in _tensors(args[1:]))),
         )
         if op in SCALINGS:
             self._note_scaling(node, op, args)
@@ -198,6 +212,11 @@ class _Recorder(_torch.TorchDispatchMode):
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
                 written += _tensors((value,))
         return written
+
+    def note_outputs(self, outputs: Iterable[Tensor]) -> None:
+        """Note the nodes of the outputs, and which tensors are still held by somebody."""
+        self.tape.outputs = [self._lookup(tensor) for tensor in outputs]
+        self.tape.held = {index for reference, index in self.node_of.values() if reference() is not None}
 
     # ---- what kind of operation
 

@@ -31,6 +31,7 @@ class Node:
     stacked_along: int | None = None  # the axis along which the parents were stacked
     statistics: Tensor | None = None
     terms: tuple[Operand, ...] = ()  # of an addition
+    selects: bool = False  # it has other values, or another number of them, where values before it differ by rounding
 
 
 @dataclass
@@ -39,3 +40,5 @@ class Tape:
 
     nodes: list[Node] = field(default_factory=list)
     last_module: str = ""
+    outputs: list[int | None] = field(default_factory=list)  # nodes of the tensors that the model returned
+    held: set[int] = field(default_factory=set)  # nodes whose tensors outlive the run: returned, or put somewhere

@@ -22,8 +22,9 @@ def run_watched(
     batch_stats: bool = True,
     reduce_weight_layers: bool = False,
     on_gradient: Callable[[int, Tensor], None] | None = None,
-) -> None:
-    """Run the model on copies of the inputs, in eval mode, recorded on `tape`.
+    on_module: Callable[[str, int | None, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Run the model on copies of the inputs, in eval mode, recorded on `tape`; return its output's tensors.
 
     With `batch_stats` unfrozen BatchNorm normalizes with the batch's statistics. With `on_gradient`, which is called
     with nodes of the tape and their gradients, a backward pass follows, of each output times v ~ N(0, 1), summed.
@@ -38,10 +39,13 @@ def run_watched(
             if on_gradient is None:
                 starts = tensors((args, kwargs))
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # noqa: SIM117, recording innermost
-                    with recording(tape, model, starts, reduce_weight_layers=reduce_weight_layers):
-                        model(*args, **kwargs)
-            else:
-                _run_backward(model, tape, args, kwargs, list(copies.values()), reduce_weight_layers, on_gradient)
+                    with recording(
+                        tape, model, starts, reduce_weight_layers=reduce_weight_layers, on_module=on_module
+                    ) as note_outputs:
+                        out = model(*args, **kwargs)
+                        note_outputs(tensors(out))
+                        return tensors(out)
+            return _run_backward(model, tape, args, kwargs, list(copies.values()), reduce_weight_layers, on_gradient)
         except SignalError:
             raise
         except Exception as error:
@@ -56,7 +60,7 @@ def _run_backward(
     copies: list[Tensor],
     reduce_weight_layers: bool,
     on_gradient: Callable[[int, Tensor], None],
-) -> None:
+) -> list[Tensor]:
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         leaves = [t.detach_().requires_grad_() for t in copies if t.is_floating_point()]
         targets = leaves or [p for p in model.parameters() if p.requires_grad]
@@ -70,6 +74,7 @@ def _run_backward(
         if not ends:
             raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
         torch.autograd.grad(ends, targets, [torch.randn_like(t) for t in ends], allow_unused=True)
+        return ends
 
 
 def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:
