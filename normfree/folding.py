@@ -1,6 +1,5 @@
 """Effective weights baked into plain layers: the same network, for inference and export."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from normfree.nn.padding import SamePadding
 from normfree.nn.scaled_layer import ScaledWS
-from normfree.nn.surgery import constructor_arguments, kind_of, replace_modules
+from normfree.nn.surgery import constructor_arguments, copied, kind_of, replace_modules
 from normfree.nn.weight_pass import detach
 
 
@@ -78,7 +77,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ValueError: Where there is nothing to fold.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     model.eval()
     replacements: dict[nn.Module, nn.Module] = {}  # a module that stands in several places stays one module
     for module in list(model.modules()):

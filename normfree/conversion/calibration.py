@@ -20,7 +20,7 @@ _PASSES = 4
 CLOSE = 0.02
 
 
-def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run: Callable[[Tape], None]) -> float:
+def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run: Callable[[Tape], Any]) -> float:
     """Set `in_scale` of the layers, and the biases of some, in the order in which they run. Branches should be open.
 
     A layer's output gets the variance that a normalizer with its gains would give it, that is the mean square of the

@@ -57,8 +57,8 @@ def observe(model: nn.Module, call: Call, plan: Plan, *, rounded: bool = False) 
     for path, node, values in seen:
         if not selected[node]:
             modules[path].append(values)
-    chosen = [None if node is not None and selected[node] else out for out, node in zip(outputs, tape.outputs, strict=True)]
-    return Observation(chosen, modules)
+    ends = zip(outputs, tape.outputs, strict=True)
+    return Observation([None if node is not None and selected[node] else out for out, node in ends], modules)
 
 
 def refuse_difference(original: Observation, converted: nn.Module, call: Call, plan: Plan) -> float:
@@ -75,8 +75,8 @@ def refuse_difference(original: Observation, converted: nn.Module, call: Call, p
     repeated, differs = _largest(found, observe(converted, call, plan))
     if differs and largest <= 3 * repeated:
         warnings.warn(
-            f"a {type(converted).__name__} differs from itself by {repeated:.1e} of the largest value when it is run twice: "
-            "its conversion can be compared within that only",
+            f"a {type(converted).__name__} differs from itself by {repeated:.1e} of the largest value when it is run "
+            "twice: its conversion can be compared within that only",
             stacklevel=3,
         )
         return largest
@@ -111,18 +111,18 @@ def _largest(one: Observation, other: Observation) -> tuple[float, str]:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Compute the largest difference over the largest finite value; infinite for other shapes, or other NaN."""
+    """Compute the largest difference over the largest finite value of both; infinite for other shapes, or other NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return math.inf
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     a, b = a.detach().double(), b.detach().double()
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):
         return math.inf
     a, b = a[finite], b[finite]
-    size = float(a.abs().max()) if a.numel() else 0.0
-    if not size:
-        return math.inf if b.any() else 0.0
-    return float((a - b).abs().max()) / size
+    size = float(torch.stack([a, b]).abs().max()) if a.numel() else 0.0
+    return float((a - b).abs().max()) / size if size else 0.0
 
 
 def _limit(values: Tensor) -> float:

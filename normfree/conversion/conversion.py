@@ -1,7 +1,6 @@
 """The conversion: somebody's network with normalizers -> the same network without."""
 
 import contextlib
-import copy
 import fnmatch
 import math
 from collections.abc import Iterator, Sequence
@@ -22,17 +21,18 @@ from normfree.conversion.plan import Change, Plan
 from normfree.conversion.replacement import apply_plan
 from normfree.conversion.structure import norm_paths, read_structure
 from normfree.errors import SignalError
+from normfree.nn.surgery import copied
 from normfree.signal import SignalReport, characterize
 from normfree.trace.inputs import as_call
 from normfree.trace.joins import find_joins
 from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, opened_branches
 from normfree.trace.tape import Tape
-from normfree.trace.watched import refuse_unrunnable, run_watched
+from normfree.trace.watched import exclusively, refuse_unrunnable, run_watched
 
 Norm = Literal["batch", "group", "layer", "instance"]
 
 _NORMS: dict[str, tuple[tuple[type[nn.Module], ...], frozenset[str]]] = {
-    "batch": ((nn.modules.batchnorm._BatchNorm,), frozenset({"FrozenBatchNorm2d", "FrozenBatchNormAct2d"})),
+    "batch": ((nn.modules.batchnorm._BatchNorm,), frozenset({"FrozenBatchNorm"})),
     "group": ((nn.GroupNorm,), frozenset()),
     "layer": ((nn.LayerNorm,), frozenset({"LayerNorm2d"})),
     "instance": ((nn.modules.instancenorm._InstanceNorm,), frozenset()),
@@ -99,6 +99,8 @@ class Conversion:
         return path
 
 
+@exclusively
+@torch.inference_mode(mode=False)
 def convert(
     model: nn.Module,
     images: Any,
@@ -139,7 +141,7 @@ def convert(
 
     Raises:
         ValueError: Where nothing can be converted, or an argument cannot be.
-        TypeError: For a model that is no module.
+        TypeError: For a model that is no module, or cannot be copied.
         SignalError: Where the model does not run on the images, a variance cannot be set, or with `keep="function"`
             an output differs by more than rounding.
     """
@@ -147,7 +149,7 @@ def convert(
     paths = _selected(model, norms, exclude)
     images = _batch(images)
     refuse_unrunnable(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     before = characterize(model, images)
     call, tape = as_call(images, model), Tape()
     run_watched(model, tape, *call)

@@ -2,15 +2,16 @@
 
 import copy
 import fnmatch
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.conversion.plan import Change, Plan, PlannedLayer, RemovedNorm
-from normfree.conversion.replacement import affine_of, pads_same, remainder
+from normfree.conversion.replacement import affine_in_eval_mode, affine_of, pads_same, remainder
 from normfree.conversion.structure import Structure
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.surgery import kind_of
@@ -18,7 +19,12 @@ from normfree.trace.preparation import is_quantized
 
 _CONVOLUTION = nn.modules.conv._ConvNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_SPACE: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (), nn.BatchNorm2d: (2, 2), nn.BatchNorm3d: (2, 2, 2)}
+_INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
+_FORWARDS = {_BATCH_NORM.forward, _INSTANCE_NORM.forward, nn.GroupNorm.forward, nn.LayerNorm.forward}
+_SPACE: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (), nn.BatchNorm2d: (2, 2), nn.BatchNorm3d: (2, 2, 2),
+    nn.InstanceNorm1d: (4,), nn.InstanceNorm2d: (4, 4), nn.InstanceNorm3d: (4, 4, 4),
+}  # fmt: skip
 _OWN_FORWARD = "its forward was replaced"
 
 
@@ -62,7 +68,7 @@ def _reason_for_no_exact_carrier(model: nn.Module, structure: Structure, path: s
     if (layer := structure.shared.get(path)) is not None:
         return f"the output of {layer}, which it takes, is used elsewhere too, or leaves the network"
     if _carrier(model, structure, path) is None:
-        return "no single layer can do what it does: it takes no layer's output as it is"
+        return "no single layer can do what it does: it takes no layer's output as it is, channels in their order"
     if getattr(model.get_submodule(path), "running_var", None) is None:
         return "it has no running statistics"
     return ""
@@ -147,26 +153,58 @@ def layer_refusal(module: nn.Module) -> str:
 def norm_refusal(norm: Any) -> str:
     """Say why a normalizer cannot be taken away; "" if it can.
 
-    Classes that add an activation to BatchNorm, or compute it faster, are many: what theirs do is tried on numbers.
+    Classes that add an activation to a normalizer, or compute it faster, are many: what theirs do is tried on numbers.
     """
     if "forward" in vars(norm):
         return _OWN_FORWARD
-    if not isinstance(norm, _BATCH_NORM) or type(norm).forward is _BATCH_NORM.forward:
+    if type(norm).forward in _FORWARDS:
         return ""
-    trial: Any = copy.deepcopy(norm).eval().float()
-    mean, variance, weight, bias = trial.running_mean, trial.running_var, trial.weight, trial.bias
-    space = next((space for kind, space in _SPACE.items() if isinstance(norm, kind)), (2, 2))
-    like = next((t for t in (mean, weight) if t is not None), torch.empty(0))
-    x = torch.randn(8, trial.num_features, *space, generator=torch.Generator().manual_seed(0)).to(like.device)
-    with torch.no_grad():
-        try:
+    try:
+        with torch.no_grad():
+            trial: Any = copy.deepcopy(norm).eval().float()
+            like = next(itertools.chain(trial.parameters(), trial.buffers()), torch.empty(0))
+            x = torch.randn(*_shape_for(trial), generator=torch.Generator().manual_seed(0)).to(like.device)
             found = type(trial).forward(trial, x.clone())
-            expected = F.batch_norm(x, mean, variance, weight, bias, training=mean is None, eps=trial.eps)
-            expected = remainder(trial, RemovedNorm("", copied=False))(expected)
+            expected = remainder(trial, RemovedNorm("", copied=False))(_normalized(trial, x))
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-        except (AssertionError, RuntimeError, TypeError, ValueError):
-            return f"a {type(norm).__name__} computes something of its own"
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return f"a {type(norm).__name__} computes something of its own"
     return ""
+
+
+def _shape_for(norm: Any) -> tuple[int, ...]:
+    """Return the shape of an input of a normalizer."""
+    if isinstance(norm, nn.LayerNorm) and not _on_images(norm):
+        return (8, 3, *norm.normalized_shape)
+    if isinstance(norm, nn.GroupNorm):
+        return 8, norm.num_channels, 4, 4
+    channels = norm.num_features if isinstance(norm, _BATCH_NORM | _INSTANCE_NORM) else norm.weight.numel()
+    space = next((space for kind, space in _SPACE.items() if isinstance(norm, kind)), (2, 2))
+    return 8, channels, *space
+
+
+def _normalized(norm: Any, x: Tensor) -> Tensor:
+    """Compute what a normalizer of its kind does in eval mode, without an activation or a dropout that it carries."""
+    weight, bias = affine_of(norm)
+    eps = getattr(norm, "eps", 1e-5)
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(x, norm.num_groups, weight, bias, eps)
+    if _on_images(norm):
+        return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, eps)
+    mean, variance = norm.running_mean, norm.running_var
+    if isinstance(norm, _INSTANCE_NORM):
+        return F.instance_norm(x, mean, variance, weight, bias, mean is None, eps=eps)
+    if mean is None:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    slopes, shifts = (t.view(-1, *[1] * (x.ndim - 2)) for t in affine_in_eval_mode(norm))
+    return (x.double() * slopes + shifts).to(x.dtype)
+
+
+def _on_images(norm: nn.Module) -> bool:
+    """Tell whether a LayerNorm normalizes each position of an image over its channels."""
+    return "LayerNorm2d" in type(norm).__name__
 
 
 def is_depthwise(module: Any) -> bool:

@@ -1,5 +1,6 @@
 """The replacement: layers of a converted network, made from those whose place they take."""
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -99,6 +100,24 @@ def affine_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return getattr(norm, "weight", None), getattr(norm, "bias", None)
 
 
+def affine_in_eval_mode(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return by what a normalizer with running statistics multiplies each channel in eval mode, and what it adds.
+
+    Frozen normalizers have their eps anywhere, also in the code of their forward: what they do is measured.
+    """
+    with torch.no_grad():
+        alone = isinstance(remainder(norm, RemovedNorm("", copied=False)), nn.Identity)
+        if alone and not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            exact: Any = copy.deepcopy(norm).double().eval()
+            x = exact.running_mean.new_ones(1, exact.running_mean.numel(), 1, 1)
+            at_0, at_1 = exact.forward(torch.zeros_like(x)), exact.forward(x)
+            return (at_1 - at_0).flatten().double(), at_0.flatten().double()
+        weight, bias = affine_of(norm)
+        slopes = (norm.running_var.double() + norm.eps).rsqrt()
+        slopes = slopes if weight is None else slopes * weight
+        return slopes, (0 if bias is None else bias) - slopes * norm.running_mean.double()
+
+
 def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> None:
     """Make a normalizer's scale and shift gain and bias, trained if they were; a scale of 0 closes a branch instead."""
     with torch.no_grad():
@@ -117,17 +136,15 @@ def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> N
 def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
     """Set gains, common scale and bias such that the layer does what `plain` and then `norm`, in eval mode, do."""
     with torch.no_grad():
-        scales = (norm.running_var.double() + norm.eps).rsqrt()
-        common = scales.log().mean().exp()  # so that gains are about as large as the normalizer's
-        weight, shift = affine_of(norm)
-        slopes = scales if weight is None else scales * weight
+        # Gains are to be about as large as the normalizer's.
+        common = (norm.running_var.double() + getattr(norm, "eps", 1e-5)).log().mean().mul(-0.5).exp()
+        slopes, shifts = affine_in_eval_mode(norm)
         if layer.skip_gain is not None:
             layer.skip_gain.fill_(1)
         layer.in_scale.copy_(common)
         layer.gain.copy_(slopes / common)
-        mean = norm.running_mean.double() - (0 if plain.bias is None else plain.bias)
         assert layer.bias is not None
-        layer.bias.copy_((0 if shift is None else shift) - slopes * mean)
+        layer.bias.copy_(shifts + (0 if plain.bias is None else slopes * plain.bias))
 
 
 def _normalize(layer: ScaledWS) -> None:

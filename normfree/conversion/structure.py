@@ -180,5 +180,9 @@ def _owner(module: str, paths: set[str]) -> str | None:
 
 
 def norm_paths(model: nn.Module, kinds: tuple[type[nn.Module], ...], names: frozenset[str]) -> set[str]:
-    """Paths of the normalizers of these classes, or of classes of these names."""
-    return {path for path, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ in names}
+    """Paths of the normalizers of these classes, or of classes whose name has one of these in it."""
+    return {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) or any(name in type(module).__name__ for name in names)
+    }

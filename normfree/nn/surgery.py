@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normfree import _torch
+
 KINDS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
@@ -29,6 +31,37 @@ class Copy(nn.Module):
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """Return the one of `KINDS` that a module is an instance of."""
     return next((kind for kind in KINDS if isinstance(module, kind)), None)
+
+
+def copied(model: nn.Module) -> Any:
+    """Copy a model, tensors that its forward has left in attributes too (torch's `deepcopy` refuses their history).
+
+    Raises TypeError, which names the module, for what cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _torch.leaves([value for name, value in vars(module).items() if name != "_modules"]):
+            if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        path, attribute = next(filter(None, map(_uncopied, *zip(*model.named_modules(), strict=True))), ("", ""))
+        place = f"the attribute {attribute!r} of {path or 'the model'}" if attribute else f"{type(model).__name__}"
+        raise TypeError(
+            f"{place} cannot be copied ({type(error).__name__}: {error}): take it away for the time, or give "
+            "inplace=True"
+        ) from error
+
+
+def _uncopied(path: str, module: nn.Module) -> tuple[str, str] | None:
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                return path, name
+    return None
 
 
 def constructor_arguments(layer: Any) -> dict[str, Any]:

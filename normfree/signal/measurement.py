@@ -22,9 +22,10 @@ from normfree.trace.preparation import (
     standardizes_weights,
 )
 from normfree.trace.tape import Tape
-from normfree.trace.watched import refuse_unrunnable, run_watched
+from normfree.trace.watched import exclusively, refuse_unrunnable, run_watched
 
 
+@exclusively
 def characterize(
     model: nn.Module | Callable[[], nn.Module],
     inputs: Any = None,

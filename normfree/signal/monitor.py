@@ -73,7 +73,7 @@ class SignalMonitor:
         self._weight_layers = True  # until the first measurement has found joins
         self._measured = -1
         self._scale = 1.0
-        self._recording: contextlib.AbstractContextManager[None] | None = None
+        self._recording: contextlib.AbstractContextManager[Any] | None = None
         self._hooks = contextlib.ExitStack()
 
     def __getstate__(self) -> dict[str, Any]:

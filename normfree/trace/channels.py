@@ -9,6 +9,11 @@ def default_channel_axis(ndim: int) -> int:
     return 2 if ndim == 3 else min(1, ndim - 1)
 
 
+def has_statistics(x: Tensor) -> bool:
+    """Tell whether a tensor has channel statistics: dense, of real numbers, one of them and one axis at least."""
+    return x.is_floating_point() and x.ndim > 0 and x.numel() > 0 and x.layout == torch.strided
+
+
 def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
     """Compute (average channel squared mean, average channel variance) of x, a float64 tensor of 2 on x's device.
 

@@ -37,7 +37,7 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
     for tensor in found:
         if tensor.numel() == 0:
             raise ValueError(f"inputs hold an empty tensor of shape {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(_values(tensor)).all()):
             raise ValueError(f"inputs of shape {tuple(tensor.shape)} hold NaN or infinite values")
     device = _device(model)
     return map_tensors(lambda t: t.to(device), args), map_tensors(lambda t: t.to(device), kwargs)
@@ -111,6 +111,13 @@ def tensors(value: Any) -> list[Tensor]:
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same nesting with `function` of every tensor."""
     return _torch.map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Return the numbers that a tensor stores."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
 def _device(model: nn.Module) -> torch.device:

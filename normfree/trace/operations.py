@@ -1,7 +1,7 @@
 """Operations of torch by what they do to a signal: weight layers, additions, scalings; where channels go."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,8 +22,6 @@ WEIGHT_LAYERS = {
     "mkldnn_rnn_layer": (0, 1),
     "_cudnn_rnn": (0, 1),
 }
-# Torch's quantized ones begin with these.
-QUANTIZED_WEIGHT_LAYERS = ("conv1d", "conv2d", "conv3d", "conv_transpose", "linear")
 RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 # The same values, in another shape, order, place or precision.
 VIEWS = RESHAPES | {
@@ -53,6 +51,26 @@ class Activation(Protocol):
     def channel_axis(self) -> int | None:
         """Axis of the channels, where it is known."""
         ...
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments, or results, of an operation."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that a call of an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += tensors_in((args[position] if position < len(args) else kwargs.get(argument.name),))
+    return written
 
 
 def same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:

@@ -8,6 +8,7 @@ tensor, so memory does not grow with depth.
 import contextlib
 import functools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,20 +18,21 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from normfree import _torch
-from normfree.trace.channels import channel_statistics
+from normfree.trace.channels import channel_statistics, has_statistics
+from normfree.trace.lineage import Lineage
 from normfree.trace.operations import (
     ADDITIONS,
     NOT_A_FUNCTION_OF_VALUES,
-    QUANTIZED_WEIGHT_LAYERS,
     SCALINGS,
     SELECTIONS,
     VIEWS,
-    WEIGHT_LAYERS,
     channel_axis_after,
     same_but_for_space,
+    tensors_in,
+    written_by,
 )
 from normfree.trace.tape import Node, Operand, Tape
-
+from normfree.trace.weights import Weights
 
 _MASKS = (torch.bool, torch.uint8)
 
@@ -51,8 +53,8 @@ def recording(
 
     Additions of activations are reduced to statistics, terms and result, the moment they happen; with
     `reduce_weight_layers` the outputs of weight layers too. `on_gradient` is called with a node and its gradient, in a
-    later backward pass, for everything that was reduced; `on_module` with a module's path, the node of its output, if it
-    is one, and the output, where that is a tensor.
+    later backward pass, for everything that was reduced; `on_module` with a module's path, its output, where that is a
+    tensor, and before it the node of that, or None.
     """
     recorder = _Recorder(tape, model, inputs, reduce_weight_layers, on_gradient)
     recorder.on_module = on_module
@@ -79,13 +81,10 @@ class _Recorder(_torch.TorchDispatchMode):
         # Their gates add activations at every time step; none of that is a residual stream.
         self.recurrent = {name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
         self.stack: list[str] = []
-        # Both by id of the tensor; the weak reference tells a tensor from a later one at the same address.
-        self.node_of: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.parameter_of: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self.writes: dict[int, int] = {}  # storage -> the last node that was written into it
+        self.failed = False
+        self.lineage = Lineage(model)
+        self.weights = Weights(model, self.lineage)
         self.awaiting_hook: list[tuple[weakref.ref[Tensor], int]] = []
-        for name, parameter in model.named_parameters():
-            self.parameter_of[id(parameter)] = (weakref.ref(parameter), name)
         for tensor in inputs:
             self._add_node("input", tensor, ())
 
@@ -118,53 +117,85 @@ class _Recorder(_torch.TorchDispatchMode):
                 pass
             self.tape.last_module = self.stack[-1] if self.stack else name
             if self.on_module is not None and isinstance(output, Tensor):
-                self.on_module(name, self._lookup(output), output)
+                self.on_module(name, self.lineage.node(output), output)
 
     # ---- the graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.flush_gradient_hooks()
         op = func._schema.name.split("::")[1]
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
-        parents = self._parents(tensors)
         # Before the call: an operation in place overwrites what it reads.
-        recurrent = bool(self.stack) and self.stack[-1] in self.recurrent
-        terms = self._terms(op, args, kwargs) if parents and not recurrent else ()
+        known = self._guarded(op, self._look_at, op, args, kwargs)
         out = func(*args, **kwargs)
-        if not parents:
-            self._forget_overwritten(out, tensors)
-            self._propagate_parameter(op, args, out)
-            return out
-        if op.startswith(NOT_A_FUNCTION_OF_VALUES):
-            return out
-        written = self._written(func, args, kwargs)
-        for tensor in _tensors((out,)):
-            if not any(tensor is w for w in written):
-                self._node_for(op, args, tensor, parents, terms)
-        for tensor in written:
-            self.writes[_torch.storage_key(tensor)] = self._node_for(op, args, tensor, parents, terms)
+        if known is not None:
+            self._guarded(op, self._record, func, op, args, kwargs, out, *known)
         return out
+
+    def _guarded(self, op: str, part: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a part of the measurement, which must never break what it watches."""
+        try:
+            return part(*arguments)
+        except Exception as error:
+            if not self.failed:
+                self.failed = True
+                place = f" in {self.stack[-1]}" if self.stack and self.stack[-1] else ""
+                warnings.warn(
+                    f"the measurement, not the model, failed at {op}{place} ({type(error).__name__}: {error}): what "
+                    "follows from there is not measured",
+                    stacklevel=3,
+                )
+            return None
+
+    def _look_at(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the tensors that an operation takes, their nodes, and the terms of an addition."""
+        self.flush_gradient_hooks()
+        taken = [*tensors_in(args), *tensors_in(kwargs.values())]
+        parents = self.lineage.nodes(taken)
+        recurrent = bool(self.stack) and self.stack[-1] in self.recurrent
+        return taken, parents, self._terms(op, args, kwargs) if parents and not recurrent else ()
+
+    def _record(
+        self, func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any,
+        taken: list[Tensor], parents: tuple[int, ...], terms: tuple[Operand, ...],
+    ) -> None:  # fmt: skip
+        if not parents:
+            made = list(tensors_in((out,)))
+            self.lineage.forget_overwritten(made, taken)
+            self.lineage.pass_on_parameters(made, taken, same=op in VIEWS)
+            return
+        if op.startswith(NOT_A_FUNCTION_OF_VALUES):
+            return
+        written = written_by(func, args, kwargs)
+        module = self.stack[-1] if self.stack else ""
+        weight_layer = self.weights.are_in(func, op, args, out, module)
+        for tensor in tensors_in((out,)):
+            if not any(tensor is w for w in written):
+                self._node_for(op, args, tensor, parents, terms, weight_layer)
+        for tensor in written:
+            self.lineage.writes[_torch.storage_key(tensor)] = self._node_for(
+                op, args, tensor, parents, terms, weight_layer
+            )
 
     def _add_node(self, op: str, tensor: Tensor, parents: tuple[int, ...], **attributes: Any) -> Node:
         module = self.stack[-1] if self.stack else ""
         attributes.setdefault("channel_axis", None)
         node = Node(len(self.tape.nodes), op, module, parents, tuple(tensor.shape), **attributes)
         self.tape.nodes.append(node)
-        self.node_of[id(tensor)] = (weakref.ref(tensor), node.index)
+        self.lineage.set_node(tensor, node.index)
         return node
 
     def _node_for(
-        self, op: str, args: tuple[Any, ...], tensor: Tensor, parents: tuple[int, ...], terms: tuple[Operand, ...]
-    ) -> int:
+        self, op: str, args: tuple[Any, ...], tensor: Tensor, parents: tuple[int, ...], terms: tuple[Operand, ...],
+        weight_layer: bool,
+    ) -> int:  # fmt: skip
         node = self._add_node(
             op,
             tensor,
             parents,
             channel_axis=channel_axis_after(op, args, [self.tape.nodes[p] for p in parents], tensor),
-            weight_layer=self._is_weight_layer(op, args),
+            weight_layer=weight_layer,
             terms=terms,
-            selects=op in SELECTIONS or (op == "index" and any(i.dtype in _MASKS for i in _tensors(args[1:]))),
+            selects=op in SELECTIONS or (op == "index" and any(i.dtype in _MASKS for i in tensors_in(args[1:]))),
         )
         if op in SCALINGS:
             self._note_scaling(node, op, args)
@@ -172,62 +203,18 @@ class _Recorder(_torch.TorchDispatchMode):
             node.factor = 1.0  # how Python's sum() begins
         if op == "stack":
             node.stacked_along = int(args[1] if len(args) > 1 else 0) % tensor.ndim
-        if terms or (node.weight_layer and self.reduce_weight_layers and tensor.is_floating_point()):
+        if terms or (node.weight_layer and self.reduce_weight_layers and has_statistics(tensor)):
             node.statistics = channel_statistics(tensor, node.channel_axis)
             if self.on_gradient is not None:
                 self.awaiting_hook.append((weakref.ref(tensor), node.index))
         return node.index
 
-    def _lookup(self, tensor: Any) -> int | None:
-        entry = self.node_of.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def _parents(self, tensors: list[Tensor]) -> tuple[int, ...]:
-        """Find the nodes that the tensors stand for, later writes to their storage (through another view) included."""
-        found: dict[int, None] = {}
-        for tensor in tensors:
-            index = self._lookup(tensor)
-            if index is not None:
-                found[index] = None
-            write = self.writes.get(_torch.storage_key(tensor)) if self.writes else None
-            if write is not None and (index is None or write > index):
-                found[write] = None
-        return tuple(found)
-
-    def _forget_overwritten(self, out: Any, sources: list[Tensor]) -> None:
-        """Forget what was once written at the address of new memory."""
-        if self.writes:
-            old = {_torch.storage_key(t) for t in sources}
-            for tensor in _tensors((out,)):
-                if _torch.storage_key(tensor) not in old:
-                    self.writes.pop(_torch.storage_key(tensor), None)
-
-    @staticmethod
-    def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        if not func._schema.is_mutable:
-            return []
-        written: list[Tensor] = []
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                written += _tensors((value,))
-        return written
-
     def note_outputs(self, outputs: Iterable[Tensor]) -> None:
         """Note the nodes of the outputs, and which tensors are still held by somebody."""
-        self.tape.outputs = [self._lookup(tensor) for tensor in outputs]
-        self.tape.held = {index for reference, index in self.node_of.values() if reference() is not None}
+        self.tape.outputs = [self.lineage.node(tensor) for tensor in outputs]
+        self.tape.held = self.lineage.held_nodes()
 
     # ---- what kind of operation
-
-    def _is_weight_layer(self, op: str, args: tuple[Any, ...]) -> bool:
-        if op not in WEIGHT_LAYERS:  # the weight of a quantized one is packed into an object
-            return op.startswith(QUANTIZED_WEIGHT_LAYERS) and not any(isinstance(value, Tensor) for value in args[1:])
-        if "conv" in op or "rnn" in op:
-            return True  # also where the weight is computed from the input (conditional convolutions)
-        # Attention multiplies two activations; that is no weight layer.
-        activations = [self._is_activation(args[i]) for i in WEIGHT_LAYERS[op]]
-        return sum(activations) == 1
 
     def _terms(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Operand, ...]:
         """Return the terms of an addition of two or more activations, reduced to their statistics; else nothing."""
@@ -243,8 +230,8 @@ class _Recorder(_torch.TorchDispatchMode):
         else:
             factor = sign * float(kwargs.get("alpha", 1))
         tensors = [operand for operand in operands[:2] if isinstance(operand, Tensor)]
-        nodes = [self._parents([t]) for t in tensors]
-        if len(tensors) < 2 or not all(nodes) or not all(t.is_floating_point() for t in tensors):
+        nodes = [self.lineage.nodes([t]) for t in tensors]
+        if len(tensors) < 2 or not all(nodes) or not all(map(has_statistics, tensors)):
             return ()
         axis = next((a for n in nodes if (a := self.tape.nodes[n[-1]].channel_axis) is not None), None)
         if not same_but_for_space(tensors[0], tensors[1], axis):
@@ -257,14 +244,14 @@ class _Recorder(_torch.TorchDispatchMode):
     def _stacked_terms(self, args: tuple[Any, ...]) -> tuple[Operand, ...]:
         """Return the terms of a sum over the axis along which activations were stacked: it is their addition."""
         tensor, dims = args[0], args[1] if len(args) > 1 else None
-        index = self._lookup(tensor)
+        index = self.lineage.node(tensor)
         if index is None or not isinstance(dims, list | tuple) or len(dims) != 1:
             return ()
         node = self.tape.nodes[index]
         if node.stacked_along is None or dims[0] % tensor.ndim != node.stacked_along:
             return ()
         parts = tensor.unbind(dims[0])
-        if len(parts) != len(node.parents) or not tensor.is_floating_point():
+        if len(parts) != len(node.parents) or not has_statistics(tensor):
             return ()
         axes = [self.tape.nodes[p].channel_axis for p in node.parents]
         axis = next((a for a in axes if a is not None), None)
@@ -290,10 +277,8 @@ class _Recorder(_torch.TorchDispatchMode):
         activation, other = (args[0], args[1]) if self._is_activation(args[0]) else (args[1], args[0])
         if isinstance(other, Tensor) and self._is_activation(other):
             return  # x · x
-        if isinstance(other, Tensor):
-            entry = self.parameter_of.get(id(other))
-            if entry is not None and entry[0]() is other:
-                node.parameters = (entry[1],)
+        if isinstance(other, Tensor) and (name := self.lineage.parameter(other)) is not None:
+            node.parameters = (name,)
         if isinstance(other, Tensor) and other.numel() != 1:
             node.masked = other.ndim == len(node.shape) and other.numel() == other.shape[0] and not node.parameters
             if not node.masked:
@@ -305,18 +290,12 @@ class _Recorder(_torch.TorchDispatchMode):
             node.factor = float(number) if op.startswith("mul") else (1 / number if number else math.inf)
         # What is multiplied by nothing, for some examples or all, shows itself only before.
         parent = self.tape.nodes[node.parents[0]]
-        if (node.masked or node.factor == 0) and parent.statistics is None and op in ("mul", "div"):
+        nothing = (node.masked or node.factor == 0) and op in ("mul", "div")
+        if nothing and parent.statistics is None and has_statistics(activation):
             parent.statistics = channel_statistics(activation, parent.channel_axis)
 
     def _is_activation(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and bool(self._parents([value]))
-
-    def _propagate_parameter(self, op: str, args: tuple[Any, ...], out: Any) -> None:
-        """Note that a view or a copy of a parameter is still that parameter."""
-        if op in VIEWS and args and isinstance(out, Tensor):
-            entry = self.parameter_of.get(id(args[0]))
-            if entry is not None and entry[0]() is args[0] and out is not args[0]:
-                self.parameter_of[id(out)] = (weakref.ref(out), entry[1])
+        return isinstance(value, Tensor) and bool(self.lineage.nodes([value]))
 
     # ---- gradients
 
@@ -327,11 +306,3 @@ class _Recorder(_torch.TorchDispatchMode):
             if tensor is not None and tensor.requires_grad and self.on_gradient is not None:
                 tensor.register_hook(functools.partial(self.on_gradient, index))
         self.awaiting_hook.clear()
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

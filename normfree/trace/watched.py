@@ -1,7 +1,10 @@
 """One run of any model, watched, after which the model and its inputs are as they were."""
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,10 @@ from normfree.trace.inputs import map_tensors, tensors
 from normfree.trace.preparation import measuring
 from normfree.trace.recorder import recording
 from normfree.trace.tape import Tape
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def run_watched(
@@ -35,7 +42,7 @@ def run_watched(
         try:
             # A forward may write into its inputs.
             copies: dict[int, Tensor] = {}
-            args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), t.clone()), (args, kwargs))
+            args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), _plain_copy(t)), (args, kwargs))
             if on_gradient is None:
                 starts = tensors((args, kwargs))
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # noqa: SIM117, recording innermost
@@ -63,18 +70,55 @@ def _run_backward(
 ) -> list[Tensor]:
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         leaves = [t.detach_().requires_grad_() for t in copies if t.is_floating_point()]
-        targets = leaves or [p for p in model.parameters() if p.requires_grad]
         # Copies again: a leaf that needs a gradient cannot be written into.
         again = {id(t): t.clone() for t in copies}
         args, kwargs = map_tensors(lambda t: again[id(t)], (args, kwargs))
         starts = tensors((args, kwargs))
-        with recording(tape, model, starts, reduce_weight_layers=reduce_weight_layers, on_gradient=on_gradient):
-            out = model(*args, **kwargs)
-        ends = [t for t in tensors(out) if t.is_floating_point() and t.requires_grad]
-        if not ends:
-            raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
-        torch.autograd.grad(ends, targets, [torch.randn_like(t) for t in ends], allow_unused=True)
+        # Of parameters only where no input has a gradient; others would get one from reentrant checkpointing.
+        targets = [] if leaves else [p for p in model.parameters() if p.requires_grad]
+        with _without_gradients(model if leaves else None):
+            with recording(tape, model, starts, reduce_weight_layers=reduce_weight_layers, on_gradient=on_gradient):
+                out = model(*args, **kwargs)
+            ends = [t for t in tensors(out) if t.is_floating_point() and t.requires_grad]
+            if not ends:
+                raise SignalError("no output has a gradient: the forward detaches it, or returns no tensors")
+            weights = [torch.randn_like(t) for t in ends]
+            if leaves:
+                torch.autograd.backward(ends, weights)
+            else:
+                torch.autograd.grad(ends, targets, weights, allow_unused=True)
         return ends
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module | None) -> Iterator[None]:
+    """Let no parameter ask for a gradient."""
+    learning = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _plain_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor; of a subclass that only has methods of its own, as fastai's, the tensor that it is."""
+    if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        tensor = tensor.as_subclass(Tensor)
+    return tensor.clone()
+
+
+def exclusively(function: Callable[P, R]) -> Callable[P, R]:
+    """Let one thread at a time measure: modes, buffers and hooks are changed for the time of a run."""
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _ONE_AT_A_TIME:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:

@@ -282,7 +282,7 @@ def test_what_no_layer_can_do_stays_where_the_function_is_kept():
     conversion = convert(build("timm:resnetv2_50"), IMAGES, keep="function")
     assert len(conversion.kept) == len(norms(conversion.model)) == 17
     assert {change.note for change in conversion.kept} == {
-        "no single layer can do what it does: it takes no layer's output as it is"
+        "no single layer can do what it does: it takes no layer's output as it is, channels in their order"
     }
     plain = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, momentum=None),
