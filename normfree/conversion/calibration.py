@@ -5,6 +5,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from normfree.nn.scaled_layer import ScaledWS
 from normfree.trace.channels import channel_statistics
 from normfree.trace.tape import Tape
 
+# Gates need few passes; a layer that runs several times may need one for each of those before it that do, too.
 _PASSES = 4
+_PASSES_OF_SHARED = 16
 CLOSE = 0.02
 
 
@@ -24,19 +27,22 @@ def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run:
     """Set `in_scale` of the layers, and the biases of some, in the order in which they run. Branches should be open.
 
     A layer's output gets the variance that a normalizer with its gains would give it, that is the mean square of the
-    gains, times `out_scale`²; one that ends residual branches such that they have it where they join. Channels of the
-    layers in `shifts` get the means that these say. `run` runs the model, recorded on a tape. Gates are not linear in
-    what they are given, so this is repeated, up to four times, until branches are within 2 %. The largest relative
-    departure of a branch's variance is returned.
+    gains, times `out_scale`²; one that ends residual branches such that they have it where they join; one that runs
+    several times on average over its calls. Channels of the layers in `shifts` get the means that these say. `run` runs
+    the model, recorded on a tape. Gates are not linear in what they are given, and what runs several times depends on
+    what is known after its last call, so this is repeated until all is within 2 %, or for some passes. The largest
+    relative departure of a variance is returned.
 
     Raises SignalError for an output that is constant or not finite.
     """
     target = dict.fromkeys(layers, 1.0)  # of a layer's output, over what its gains and `out_scale` make of 1
-    departure = 0.0
-    for _ in range(_PASSES):
+    before: Mapping[str, _Calls] = {}
+    departure, passes = 0.0, 0
+    while True:
         tape = Tape()
-        with _scaling(layers, shifts, target):
+        with _scaling(layers, shifts, target, before) as calls:
             run(tape)
+        passes += 1
         wanted: dict[str, list[float]] = defaultdict(list)
         for operand, paths in branch_ends(tape).values():
             ends = [path for path in paths if path in layers]
@@ -49,12 +55,38 @@ def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run:
             for path in ends:
                 wanted[path].append(ratio)
         # Joins that share a layer can only be right on average.
-        departure = max((abs(sum(ratios) / len(ratios) - 1) for ratios in wanted.values()), default=0.0)
-        if departure <= CLOSE:
-            break
+        departures = [abs(sum(ratios) / len(ratios) - 1) for ratios in wanted.values()]
+        departures += [one.departure(float(layers[path].in_scale)) for path, one in calls.items()]
+        departure = max(departures, default=0.0)
+        shared = any(len(one.variances) > 1 for one in calls.values())
+        if departure <= CLOSE or passes == (_PASSES_OF_SHARED if shared else _PASSES):
+            return departure
         for path, ratios in wanted.items():
             target[path] /= sum(ratios) / len(ratios)
-    return departure
+        before = calls
+
+
+@dataclass
+class _Calls:
+    """What a layer's calls in a pass gave at `in_scale` 1, and the scale that each was given."""
+
+    variances: list[float] = field(default_factory=list)  # over their target
+    means: list[Tensor] = field(default_factory=list)  # of the channels, without bias
+    scales: list[float] = field(default_factory=list)
+
+    def departure(self, scale: float) -> float:
+        """Return by how much a call's variance was off what it is with the last scale."""
+        return max(abs((one / scale) ** 2 - 1) for one in self.scales)
+
+    def expected(self, before: "_Calls | None") -> tuple[float, Tensor]:
+        """Return variance and means over all calls; those to come are as in the pass before, changed as these have."""
+        seen = len(self.variances)
+        variances, means = self.variances, torch.stack(self.means)
+        if before is not None and len(before.variances) > seen:
+            change = sum(variances) / sum(before.variances[:seen])
+            variances = variances + [change * one for one in before.variances[seen:]]
+            means = torch.cat([means, torch.stack(before.means[seen:]) * math.sqrt(change)])
+        return sum(variances) / len(variances), means.mean(0)
 
 
 def _square(layer: ScaledWS) -> float:
@@ -64,34 +96,41 @@ def _square(layer: ScaledWS) -> float:
 
 @contextlib.contextmanager
 def _scaling(
-    layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], target: Mapping[str, float]
-) -> Iterator[None]:
+    layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], target: Mapping[str, float],
+    before: Mapping[str, _Calls],
+) -> Iterator[Mapping[str, _Calls]]:  # fmt: skip
     """Every layer that runs is rescaled to its target; one that runs several times to the mean over its calls."""
-    seen: dict[str, list[float]] = defaultdict(list)  # variance over target, at in_scale 1
-    means: dict[str, list[Tensor]] = defaultdict(list)  # of the channels, at in_scale 1, without bias
+    calls: dict[str, _Calls] = defaultdict(_Calls)
 
     def rescale(path: str, layer: ScaledWS, _: Any, out: Tensor) -> Tensor:
-        before = float(layer.in_scale)
+        old = float(layer.in_scale)
         variance = float(channel_statistics(out, layer.channel_axis % out.ndim)[1]) / _square(layer)
         if not 0 < variance < math.inf:
             what = "is constant" if variance == 0 else "is not finite"
             raise SignalError(f"the output of {path} {what} on these inputs: its variance cannot be set")
-        seen[path].append(variance / before**2 / target[path])
-        after = 1 / math.sqrt(sum(seen[path]) / len(seen[path]))
-        layer.in_scale.fill_(after)
-        if layer.bias is None:
-            return out.mul_(after / before)
-        out.sub_(_broadcast(layer.bias, layer, out))
+        if layer.bias is not None:
+            out.sub_(_broadcast(layer.bias, layer, out))
+        of = calls[path]
+        of.variances.append(variance / old**2 / target[path])
         if path in shifts:
             others = [axis for axis in range(out.ndim) if axis != layer.channel_axis % out.ndim]
-            means[path].append(out.double().mean(others) / (before * layer.out_scale))
-            mean = torch.stack(means[path]).mean(0) * after
-            layer.bias.copy_(shifts[path].double() - mean)
-        return out.mul_(after / before).add_(_broadcast(layer.bias, layer, out))
+            of.means.append(out.double().mean(others) / (old * layer.out_scale))
+        else:
+            of.means.append(out.new_zeros(()))
+        expected, mean = of.expected(before.get(path))
+        new = 1 / math.sqrt(expected)
+        of.scales.append(new)
+        layer.in_scale.fill_(new)
+        out.mul_(new / old)
+        if layer.bias is None:
+            return out
+        if path in shifts:
+            layer.bias.copy_(shifts[path].double() - mean * new)
+        return out.add_(_broadcast(layer.bias, layer, out))
 
     handles = [layer.register_forward_hook(functools.partial(rescale, path)) for path, layer in layers.items()]
     try:
-        yield
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

@@ -50,7 +50,8 @@ class Conversion:
         changes: One `Change` per replaced layer and per normalizer.
         before: Signal of the original.
         after: Signal of the converted network.
-        departure: Largest departure from 1 of a branch's variance where it joins, after calibration.
+        departure: Largest departure after calibration, of a branch's variance where it joins, or of a layer's that runs
+            several times, from what it should be, over that.
         plan: Modules that were replaced, by path.
         difference: With `keep="function"` the largest difference of an output from the original's in eval mode, over
             its largest value; else None.
@@ -73,7 +74,7 @@ class Conversion:
         counts = {action: sum(c.action == action for c in self.changes) for action in ("replaced", "removed", "kept")}
         lines = [
             f"{counts['replaced']} layers replaced, {counts['removed']} normalizers removed, {counts['kept']} kept",
-            *([f"branches join up to {self.departure:.0%} off their variance"] if self.departure > CLOSE else []),
+            *([f"variances are up to {self.departure:.0%} off what they should be"] if self.departure > CLOSE else []),
             *([f"outputs differ by {self.difference:.1e} of the largest"] if self.difference is not None else []),
             *(f"{c.action:<9}{c.path}  {c.layer}{'  ' + c.note if c.note else ''}" for c in self.changes),
             "",

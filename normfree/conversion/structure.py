@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normfree.trace.joins import Join, find_joins
-from normfree.trace.operations import GATES, VIEWS
+from normfree.trace.joins import Join, find_joins, is_gate
+from normfree.trace.operations import VIEWS
 from normfree.trace.tape import Node, Tape
 
 # What shares its input's memory, or may.
 _ALIASES = (VIEWS - {"clone", "roll", "_to_copy"}) | {
     "as_strided", "chunk", "narrow", "select", "slice", "split", "split_with_sizes", "unbind",
 }  # fmt: skip
-_GATES = GATES | {"tanh", "tanh_"}
-_PRODUCTS = {"mul", "mul_"}
+_MATRIX_PRODUCTS = {"mm", "bmm", "addmm", "_sparse_mm", "_sparse_addmm"}
+_PRODUCTS = {"mul", "mul_"} | _MATRIX_PRODUCTS
 _KINDS = ("batch_norm", "group_norm", "layer_norm")
 
 
@@ -77,12 +77,14 @@ def branch_ends(tape: Tape) -> dict[int, tuple[int, set[str]]]:
     """Find, for the nodes of joins, the operand that is a branch, and the paths of the weight layers that end it.
 
     Those layers are several where branches are concatenated, or where parallel ones are added before they join a
-    residual stream; there the last join counts. An operand that is a residual stream itself is no branch.
+    residual stream; there the last join counts. An operand that is a residual stream itself is no branch, nor is a
+    shortcut without weights, and a fusion of equals has none.
     """
     joins = {join.node: join for join in find_joins(tape)}
     chosen: dict[int, tuple[int, int]] = {}  # by call of a weight layer
     for join in joins.values():
-        for operand in (join.branch_node, join.shortcut_node):
+        operands = {"fusion": (), "projection": (join.branch_node, join.shortcut_node)}
+        for operand in operands.get(join.shortcut, (join.branch_node,)):
             layers, is_stream = _weight_layers(tape.nodes, operand, joins)
             if not is_stream:
                 chosen |= dict.fromkeys(layers, (join.node, operand))
@@ -107,7 +109,7 @@ def _weight_layers(nodes: Sequence[Node], start: int, joins: Mapping[int, Join])
             layers.add(node.index)
             continue
         if not node.parents or (node.index in joins and joins[node.index].shortcut != "projection"):
-            is_stream = True
+            is_stream |= node.signal
             continue
         for parent in _signal_parents(nodes, node):
             if parent not in seen:
@@ -117,18 +119,29 @@ def _weight_layers(nodes: Sequence[Node], start: int, joins: Mapping[int, Join])
 
 
 def _signal_parents(nodes: Sequence[Node], node: Node) -> tuple[int, ...]:
-    """Parents but for the gate of a product: what a squeeze-excite multiplies by is not the signal."""
+    """Parents but for the other factor of a product, which is not the signal.
+
+    That is the gate of a squeeze-excite, and an input that no weights come before: a mask, an adjacency.
+    """
     if node.op not in _PRODUCTS or len(node.parents) < 2:
         return node.parents
-    signal = [p for p in node.parents if nodes[p].shape == node.shape and not _is_gate(nodes, p)]
-    return tuple(signal) or node.parents
+    signal = node.parents
+    if node.op not in _MATRIX_PRODUCTS:
+        signal = tuple(p for p in signal if nodes[p].shape == node.shape and not is_gate(nodes, p)) or signal
+    return tuple(p for p in signal if _has_weights_before(nodes, p)) or signal
 
 
-def _is_gate(nodes: Sequence[Node], index: int) -> bool:
-    node = nodes[index]
-    while len(node.parents) == 1 and (node.op in VIEWS or node.factor is not None):
-        node = nodes[node.parents[0]]
-    return node.op in _GATES
+def _has_weights_before(nodes: Sequence[Node], start: int) -> bool:
+    """Tell whether a node is, or descends from, a weight layer."""
+    seen, stack = {start}, [start]
+    while stack:
+        node = nodes[stack.pop()]
+        if node.weight_layer:
+            return True
+        fresh = set(node.parents) - seen
+        seen |= fresh
+        stack += fresh
+    return False
 
 
 def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:

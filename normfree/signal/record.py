@@ -35,7 +35,8 @@ class SignalRecord:
         name: Path of the module in which the addition happens; "#2" for its second one.
         stage: Number from 1; a new stage begins where the shape changes.
         shape: Shape of the sum, batch first.
-        shortcut: "identity", "projection", "pooling", "padding" or "elementwise"; "none" for a weight layer.
+        shortcut: "identity", "projection", "pooling", "padding" or "elementwise"; "fusion" where equals are added
+            (feature pyramids, sums in U-Nets), and no term is a shortcut; "none" for a weight layer.
         squared_mean: Average channel squared mean.
         variance: Average channel variance.
         residual_variance: Variance at the end of the branch, before it is scaled; None where that cannot be had.

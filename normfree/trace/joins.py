@@ -2,6 +2,7 @@
 
 import heapq
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from normfree.trace.tape import Node, Operand, Tape
 
 # Between an addition and the softmax or gate that consumes it.
 _ELEMENTWISE = VIEWS | {"mul", "div", "add", "mul_", "div_", "add_", "masked_fill", "masked_fill_"}
+_GATES = GATES | {"tanh", "tanh_"}
+_ENLARGING = ("upsample_", "_upsample_", "pixel_shuffle", "max_unpool")
 _PRODUCTS = {"mul", "mul_", "bmm", "mm", "baddbmm", "addcmul"}
 
 
@@ -20,7 +23,7 @@ class Join:
 
     node: int
     module: str  # the innermost module that was running
-    shortcut: str  # identity, projection, pooling, padding or elementwise
+    shortcut: str  # identity, projection, pooling, padding or elementwise; fusion where neither term is a shortcut
     branch_statistics: Tensor | None  # at the end of the branch, before `scale`
     scale: float  # product of the scalars between the end of the branch and the addition
     factor: float  # of the branch in the addition itself (alpha of torch.add)
@@ -35,7 +38,8 @@ def find_joins(tape: Tape) -> list[Join]:
 
     An addition is one if its terms share an ancestor and at least one of them crosses a weight layer after the latest
     such ancestor; the term with the most weight layers is the branch. Additions that only feed a softmax or a gate
-    (attention logits, the two paths of a channel attention) are none, nor is a sum of classifiers.
+    (attention logits, the two paths of a channel attention) are none, nor is a sum of classifiers or of gates, or of
+    two runs of the same layers.
     """
     children = defaultdict(list)
     for node in tape.nodes:
@@ -54,12 +58,12 @@ def find_joins(tape: Tape) -> list[Join]:
 
 def _join(nodes: list[Node], node: Node) -> Join | None:
     ancestor = _latest_common_ancestor(nodes, [term.node for term in node.terms])
-    if ancestor is None:
+    if ancestor is None or all(is_gate(nodes, term.node) for term in node.terms):
         return None
     paths = [_paths(nodes, ancestor, term.node) for term in node.terms]
     branch = max(range(len(paths)), key=lambda i: paths[i].rank)
-    shortcut = min(range(len(paths)), key=lambda i: paths[i].rank)
-    if paths[branch].most_layers == 0:
+    shortcut = min((i for i in range(len(paths)) if i != branch), key=lambda i: paths[i].rank)
+    if paths[branch].most_layers == 0 or paths[branch].modules == paths[shortcut].modules:
         return None
     shapes = {nodes[term.node].shape for term in node.terms}
     if len(shapes) > 1 and paths[shortcut].fewest_layers > 0:
@@ -68,7 +72,7 @@ def _join(nodes: list[Node], node: Node) -> Join | None:
     return Join(
         node=node.index,
         module=node.module,
-        shortcut=paths[shortcut].kind,
+        shortcut="fusion" if _fuses(paths[branch], paths[shortcut]) else paths[shortcut].kind,
         branch_statistics=statistics,
         scale=scale,
         factor=node.terms[branch].factor,
@@ -121,6 +125,9 @@ class _Paths:
     most_layers: int
     operations: int  # on the longest path
     kind: str  # of a shortcut that goes there
+    modules: frozenset[str]  # of the weight layers on all paths
+    enlarges: bool  # the resolution
+    has_joins: bool  # additions of paths that both have weight layers, or of a path and a shortcut
 
     @property
     def rank(self) -> tuple[bool, int, int]:
@@ -142,7 +149,32 @@ def _paths(nodes: list[Node], ancestor: int, end: int) -> _Paths:
         operations[index] = max(operations[p] for p in known) + 1
     unweighted = [nodes[index] for index in path if fewest[index] == 0]
     kind = "projection" if fewest[end] else _unweighted_kind(unweighted)
-    return _Paths(fewest[end], most[end], operations[end], kind)
+    return _Paths(
+        fewest[end],
+        most[end],
+        operations[end],
+        kind,
+        frozenset(nodes[index].module for index in path if nodes[index].weight_layer),
+        any(nodes[index].op.startswith(_ENLARGING) for index in path),
+        any(nodes[index].terms for index in path),
+    )
+
+
+def _fuses(one: _Paths, other: _Paths) -> bool:
+    """Tell whether two paths with weights are equals: of several resolutions, or streams with blocks of their own.
+
+    As in feature pyramids, sums in U-Nets, and where HRNets exchange.
+    """
+    weighted = one.fewest_layers > 0 and other.fewest_layers > 0
+    return weighted and (one.enlarges is not other.enlarges or (one.has_joins and other.has_joins))
+
+
+def is_gate(nodes: Sequence[Node], index: int) -> bool:
+    """Tell whether a node is the output of a gate, in another view or by another factor."""
+    node = nodes[index]
+    while len(node.parents) == 1 and (node.op in VIEWS or node.factor is not None):
+        node = nodes[node.parents[0]]
+    return node.op in _GATES
 
 
 def _unweighted_kind(path: list[Node]) -> str:

@@ -86,7 +86,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.weights = Weights(model, self.lineage)
         self.awaiting_hook: list[tuple[weakref.ref[Tensor], int]] = []
         for tensor in inputs:
-            self._add_node("input", tensor, ())
+            self._add_node("input", tensor, (), signal=tensor.is_floating_point() or tensor.is_complex())
 
     # ---- which module is running
 

@@ -25,6 +25,7 @@ class Node:
     shape: tuple[int, ...]
     channel_axis: int | None
     weight_layer: bool = False
+    signal: bool = True  # False for an input of indices, masks or lengths: no real numbers
     factor: float | None = None  # value = factor · value of the only parent
     masked: bool = False  # value = (a number per example) · value of the only parent
     parameters: tuple[str, ...] = ()  # those that `factor`, or a factor per channel, comes from

@@ -227,7 +227,7 @@ class Bounded(nn.Module):
 def test_a_branch_that_stays_off_its_variance_is_reported():
     conversion = convert(Bounded(), IMAGES)
     assert conversion.departure > 0.02
-    assert f"branches join up to {conversion.departure:.0%} off their variance" in str(conversion)
+    assert f"variances are up to {conversion.departure:.0%} off what they should be" in str(conversion)
 
 
 def test_loaders_of_detection_and_of_several_sizes_give_images():
