@@ -1,5 +1,6 @@
 """Effective weights baked into plain layers: the same network, for inference and export."""
 
+import copy
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def has_scaled_layers(model: nn.Module) -> bool:
 def _plain(layer: Any) -> nn.Module:
     with torch.no_grad():
         weight, bias = layer.effective_parameters() if isinstance(layer, ScaledWS) else _timm_parameters(layer)
+    if getattr(layer, "written", None) is not None:
+        return _written(layer, weight, bias)
     kind = kind_of(layer)
     assert kind is not None
     arguments = constructor_arguments(layer)
@@ -107,6 +110,15 @@ def _plain(layer: Any) -> nn.Module:
     plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)  # in its layout
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return plain.eval()
+
+
+def _written(layer: ScaledWS, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return the layer of somebody's class that the layer computes as, with the effective weight and bias."""
+    plain: Any = copy.copy(layer.written)
+    vars(plain)["_parameters"] = {}
+    plain.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
     return plain.eval()
 
 

@@ -68,14 +68,14 @@ def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run:
 
 @dataclass
 class _Calls:
-    """What a layer's calls in a pass gave at `in_scale` 1, and the scale that each was given."""
+    """Calls of a layer in a pass: what they gave at `in_scale` 1, and the scale that each was given."""
 
     variances: list[float] = field(default_factory=list)  # over their target
     means: list[Tensor] = field(default_factory=list)  # of the channels, without bias
     scales: list[float] = field(default_factory=list)
 
     def departure(self, scale: float) -> float:
-        """Return by how much a call's variance was off what it is with the last scale."""
+        """Return the largest relative difference of a call's variance from what the last scale makes of it."""
         return max(abs((one / scale) ** 2 - 1) for one in self.scales)
 
     def expected(self, before: "_Calls | None") -> tuple[float, Tensor]:

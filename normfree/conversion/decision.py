@@ -58,7 +58,11 @@ def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: 
     if reason := norm_refusal(model.get_submodule(path)):
         return reason
     for source in sorted(sources):
-        reason = "excluded" if is_excluded(source, exclude) else layer_refusal(model.get_submodule(source))
+        reason = (
+            "excluded"
+            if is_excluded(source, exclude)
+            else layer_refusal(model.get_submodule(source), source in structure.padded)
+        )
         if reason:
             return f"normalizes the output of {source or 'the model'}: {reason}"
     return ""
@@ -84,10 +88,17 @@ def make_plan(
         layer: Any = model.get_submodule(path)
         norm = norm_of.get(path)
         # A bias before a normalizer is without effect; after it comes the normalizer's.
-        bias = layer.bias is not None if norm is None else affine_of(model.get_submodule(norm))[1] is not None
+        bias = (
+            getattr(layer, "bias", None) is not None
+            if norm is None
+            else affine_of(model.get_submodule(norm))[1] is not None
+        )
         # A filter of one weight is nothing without its mean.
         standardize = not exactly and not (scale_depthwise and is_depthwise(layer)) and fan_in(layer) > 1
-        layers.append(PlannedLayer(path, norm, bias or exactly, path in structure.ends, standardize))
+        written = computes_its_own(layer)
+        layers.append(
+            PlannedLayer(path, norm, bias is not None or exactly, path in structure.ends, standardize, written)
+        )
     for path in removed:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
         writers = set() if path in structure.direct else structure.overwritten.get(path, set())
@@ -124,14 +135,14 @@ def _carrier(model: nn.Module, structure: Structure, norm: str) -> str | None:
     return layer if weight.shape == (out_channels(model.get_submodule(layer)),) else None
 
 
-def layer_refusal(module: nn.Module) -> str:
-    """Say why a weight layer cannot be replaced; "" if it can."""
+def layer_refusal(module: nn.Module, padded: bool = False) -> str:
+    """Say why a weight layer cannot be replaced; "" if it can. `padded` is what `Structure.padded` says."""
     if isinstance(module, ScaledWS):
         return "it is scaled and weight-standardized already"
     if is_quantized(module):
         return f"it is quantized ({type(module).__module__}.{type(module).__name__})"
     kind = kind_of(module)
-    if kind is None:
+    if kind is None and not (padded and module.weight.ndim == 2):
         return f"its weight is used by a {type(module).__name__}, which is no layer of torch.nn: a functional call"
     if "weight" not in module._parameters:
         return "its weight is parametrized"
@@ -140,14 +151,20 @@ def layer_refusal(module: nn.Module) -> str:
         return "its weight is constant: without its mean it is zero"
     if "forward" in vars(module):
         return _OWN_FORWARD
-    own = (module._parameters.keys() | module._buffers.keys() | module._modules.keys()) - {"weight", "bias"}
-    if own:
+    held = itertools.chain(module.named_parameters(), module.named_buffers())
+    own = {name for name, _ in held} | (set() if padded else module._modules.keys())
+    if own := own - {"weight", "bias"}:
         return f"it holds {', '.join(sorted(own))} besides weight and bias"
-    if pads_same(module):
+    if padded or not computes_its_own(module):
         return ""
-    if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward")):
-        return f"a {type(module).__name__} computes something of its own"
-    return ""
+    return f"a {type(module).__name__} computes something of its own"
+
+
+def computes_its_own(module: Any) -> bool:
+    """Tell whether a weight layer's forward is not that of torch's layer."""
+    kind = kind_of(module)
+    names = ("forward", "_conv_forward")
+    return not pads_same(module) and any(getattr(type(module), n, None) is not getattr(kind, n, None) for n in names)
 
 
 def norm_refusal(norm: Any) -> str:
@@ -219,7 +236,8 @@ def fan_in(module: Any) -> int:
 
 def out_channels(module: Any) -> int:
     """Count the channels of the output, of a weight layer that is not refused."""
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+    kind = kind_of(module)
+    return int(module.weight.shape[0] if kind in (None, nn.Linear) else module.out_channels)
 
 
 def is_excluded(path: str, exclude: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from normfree.files import check_format
 
-FORMAT = 1
+FORMAT = 2
 """Number of the text's format; it grows when a plan is written that earlier versions cannot follow."""
 
 
@@ -30,6 +30,7 @@ class PlannedLayer:
     bias: bool
     skip_gain: bool
     standardize: bool
+    written: bool = False  # its class pads or crops around what torch's layer computes
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,12 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
     """Make the layer with scaled weight standardization that holds the weight of a plain one."""
     weight = plain.weight
     kind = kind_of(plain)
-    if kind is None:
+    if kind is None and planned.written:
+        kind, arguments = nn.Linear, {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    elif kind is None:
         raise ValueError(f"{planned.path} is a {type(plain).__name__}, no weight layer")
-    arguments = constructor_arguments(plain)
+    else:
+        arguments = constructor_arguments(plain)
     if pads_same(plain):
         arguments["padding"] = "same"
     with torch.random.fork_rng(devices=[]):
@@ -78,10 +81,13 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
             skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
         )  # fmt: skip
     layer.weight = weight
-    if planned.bias and plain.bias is not None:
-        layer.bias = plain.bias
+    bias = getattr(plain, "bias", None)
+    if planned.bias and bias is not None:
+        layer.bias = bias
+    if planned.written:
+        layer.keep_forward_of(plain)
     for parameter in layer.parameters():  # of a frozen layer the new ones are frozen too
-        if parameter is not plain.bias:
+        if parameter is not bias:
             parameter.requires_grad_(weight.requires_grad)
     return layer.train(plain.training)
 
@@ -144,7 +150,8 @@ def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
         layer.in_scale.copy_(common)
         layer.gain.copy_(slopes / common)
         assert layer.bias is not None
-        layer.bias.copy_(shifts + (0 if plain.bias is None else slopes * plain.bias))
+        bias = getattr(plain, "bias", None)
+        layer.bias.copy_(shifts + (0 if bias is None else slopes * bias))
 
 
 def _normalize(layer: ScaledWS) -> None:

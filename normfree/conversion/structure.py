@@ -16,6 +16,7 @@ _ALIASES = (VIEWS - {"clone", "roll", "_to_copy"}) | {
 }  # fmt: skip
 _MATRIX_PRODUCTS = {"mm", "bmm", "addmm", "_sparse_mm", "_sparse_addmm"}
 _PRODUCTS = {"mul", "mul_"} | _MATRIX_PRODUCTS
+_CROPS = {"slice", "narrow"}
 _KINDS = ("batch_norm", "group_norm", "layer_norm")
 
 
@@ -31,6 +32,8 @@ class Structure:
     """Normalizer -> weight layer, where it takes the layer's output as it is, and nothing else takes that."""
     shared: dict[str, str] = field(default_factory=dict)
     """The same where something else takes it too, or keeps it: another layer, or who called the network."""
+    padded: set[str] = field(default_factory=set)
+    """Modules that do what a convolution or a linear layer does with their weight, and pad or crop at most."""
     ends: set[str] = field(default_factory=set)
     """Weight layers that end a residual branch."""
     overwritten: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -69,6 +72,7 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
         norm = _owner(node.module, norms)
         if norm is not None:
             found.overwritten[norm] |= {writer.module for writer in _writers(node.index, children)}
+    found.padded = {path for path, layers in calls.items() if path and _pads_at_most(nodes, path, layers)}
     found.ends = {path for _, paths in branch_ends(tape).values() for path in paths}
     return found
 
@@ -145,13 +149,24 @@ def _has_weights_before(nodes: Sequence[Node], start: int) -> bool:
 
 
 def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:
-    """The weight layer whose output this is, in another view at most, its channels in the same order."""
+    """The weight layer whose output this is, in another view or cropped at most, its channels in the same order."""
     node = nodes[index]
     while not node.weight_layer:
-        if len(node.parents) != 1 or node.op not in VIEWS or node.channel_axis is None:
+        if len(node.parents) != 1 or node.op not in VIEWS | _CROPS or node.channel_axis is None:
+            return None
+        before = nodes[node.parents[0]]
+        if node.op in _CROPS and node.shape[node.channel_axis] != before.shape[node.channel_axis]:
             return None
         node = nodes[node.parents[0]]
     return node.index
+
+
+def _pads_at_most(nodes: Sequence[Node], path: str, layers: set[int]) -> bool:
+    """Tell whether a module is a plain use of its weight, before and after which it pads or crops."""
+    inside = (node for node in nodes if node.module == path or node.module.startswith(f"{path}."))
+    return all(nodes[layer].plain for layer in layers) and all(
+        node.index in layers or node.op in VIEWS - {"roll"} or node.op in _CROPS or "_pad" in node.op for node in inside
+    )
 
 
 def _on_channels(nodes: Sequence[Node], norm: str, taken: set[int]) -> bool:
@@ -168,7 +183,7 @@ def _users(index: int, children: dict[int, list[Node]], held: set[int]) -> Itera
     if index in held:
         yield index
     for child in children[index]:
-        if child.op in VIEWS and (children[child.index] or child.index in held):
+        if child.op in VIEWS | _CROPS and (children[child.index] or child.index in held):
             yield from _users(child.index, children, held)
         else:
             yield child.index

@@ -69,6 +69,8 @@ class _ScaledWSConv(ScaledWS, SamePadding):
         """Convolve with the effective weight and bias."""
         if is_symbolic(input):
             return call_symbolically(self, input)
+        if self.written is not None:
+            return self._as_written(input)
         if self._may_take_matrix_form(input) and (out := self._convolve_patches(input)) is not None:
             return out
         return self._with_effective_parameters(input, lambda weight, bias: self._conv_forward(input, weight, bias))

@@ -65,6 +65,8 @@ class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]
         """Multiply by the effective weight, and add the effective bias."""
         if is_symbolic(input):
             return call_symbolically(self, input)
+        if self.written is not None:
+            return self._as_written(input)
         if self._may_take_matrix_form(input) and prefers_matrix_form(self.weight, math.prod(input.shape[:-1])):
             out = self._apply_to_patches(input.reshape(-1, self.in_features))
             if out is not None:

@@ -1,10 +1,12 @@
 """Base of layers with scaled standardized weights: all that a normalizer would do, done to the weights."""
 
+import copy
 import functools
 import importlib.util
 import math
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +62,7 @@ class ScaledWS(Scales):
     out_channels: int
     channel_axis = 1
     recompute_weight = False
+    written: nn.Module | None = None
 
     def __init__(
         self, *args: Any, in_scale: float, out_scale: float, skip_gain: float | None, eps: float, standardize: bool
@@ -143,6 +146,34 @@ class ScaledWS(Scales):
             return call(weight, bias)
         with recomputing(weight, self._weight_again, self.weight, scale):
             return call(weight, bias)
+
+    def keep_forward_of(self, plain: nn.Module) -> None:
+        """Compute by W_eff and b_eff as the class of this layer does, which pads or crops around what torch's does.
+
+        It is kept without the values of its parameters, and without hooks; it is no child of this module.
+        """
+        written = copy.copy(plain)
+        hooks = {name: OrderedDict[int, Any]() for name in vars(plain) if name.endswith(("_hooks", "_with_kwargs"))}
+        vars(written).update(_parameters={}, _buffers={}, _modules=dict(plain._modules), **hooks)
+        for name in ("weight", "bias"):
+            values = getattr(self, name)
+            stand_in = None if values is None else nn.Parameter(torch.empty_like(values, device="meta"), False)
+            written.register_parameter(name, stand_in)
+        vars(self)["written"] = written
+
+    def _as_written(self, *args: Any, **kwargs: Any) -> Tensor:
+        def call(weight: Tensor, bias: Tensor | None) -> Tensor:
+            assert self.written is not None
+            if torch.compiler.is_compiling():
+                values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+                out: Tensor = torch.func.functional_call(self.written, values, args, kwargs)
+                return out
+            written: Any = copy.copy(self.written)  # its own in each thread
+            vars(written).update(weight=weight, bias=bias, _parameters={})
+            out = type(written).forward(written, *args, **kwargs)
+            return out
+
+        return self._with_effective_parameters(args[0], call)
 
     def _may_take_matrix_form(self, input: Tensor) -> bool:
         """Tell whether the layer may be computed as `matrix_form` does, if that is faster."""

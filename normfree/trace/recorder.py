@@ -197,6 +197,7 @@ class _Recorder(_torch.TorchDispatchMode):
             terms=terms,
             selects=op in SELECTIONS or (op == "index" and any(i.dtype in _MASKS for i in tensors_in(args[1:]))),
         )
+        node.plain = weight_layer and self.weights.are_plain(op, args, node.module)
         if op in SCALINGS:
             self._note_scaling(node, op, args)
         if op == "add" and len(parents) == 1 and not isinstance(args[1], Tensor) and args[1] == 0:

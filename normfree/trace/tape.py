@@ -25,6 +25,7 @@ class Node:
     shape: tuple[int, ...]
     channel_axis: int | None
     weight_layer: bool = False
+    plain: bool = False  # a weight layer by the weight and bias of its module as they are, as a plain layer's
     signal: bool = True  # False for an input of indices, masks or lengths: no real numbers
     factor: float | None = None  # value = factor · value of the only parent
     masked: bool = False  # value = (a number per example) · value of the only parent

@@ -42,6 +42,20 @@ class Weights:
             )
         return bool(matrices) and (op in _ANYWHERE or func.namespace not in ("aten", "prims"))
 
+    def are_plain(self, op: str, args: tuple[Any, ...], module: str) -> bool:
+        """Tell whether a convolution or a linear layer uses the weight and bias of its module as they are."""
+        bias: Any = None
+        if op == "convolution":
+            weight, bias, transposed = args[1], args[2], args[6]
+        elif op in ("addmm", "mm"):
+            weight, bias = args[-1], args[0] if op == "addmm" else None
+            transposed = weight.stride(0) != 1  # W is (out, in), and W.t() is what is multiplied by
+        else:
+            return False
+        prefix = f"{module}." if module else ""
+        known = bias is None or self.lineage.parameter(bias) == f"{prefix}bias"
+        return known and not transposed and self.lineage.parameter(weight) == f"{prefix}weight"
+
     def _is_activation(self, value: Any) -> bool:
         return isinstance(value, Tensor) and bool(self.lineage.nodes([value]))
 
