@@ -202,8 +202,8 @@ EXPLAINED: dict[str, str] = {
     "timm:coatnet_pico_rw_224": _UNNORMALIZED
     + (" Its transformers have LayerNorm, which is left as it is: squared means lie below those of the original."),
     "timm:hrnet_w18_small": (
-        "Where resolutions are fused, equals are added, and their variances add up as in the original; the ledger has no "
-        "fusions. A fused stream is rectified once more."
+        "Where resolutions are fused, equals are added, and their variances add up as in the original; the ledger has "
+        "no fusions. A fused stream is rectified once more."
     ),
 }
 """Why a network is not as it should be; one that is not and has no entry here fails the measurement."""
