@@ -2,15 +2,16 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from normfree.folding import fold, has_scaled_layers
-from normfree.trace.inputs import first_layer
+from normfree.trace.inputs import first_layer, tensors
 from normfree.trace.preparation import in_eval_mode
 
 Format = Literal["onnx", "pt2"]
@@ -28,8 +29,8 @@ class Exported:
 def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[int, int] = 224) -> Exported:
     """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, and run the file to check it.
 
-    Batch size, height and width are dynamic. The number of channels is the model's first convolution's. The model stays
-    as it is.
+    Batch size, height and width are dynamic. The number of channels is the model's first convolution's. Outputs may be
+    tensors in dictionaries, tuples and lists; all are compared, and ONNX has them in order. The model stays as it is.
 
     Args:
         model: Network of images.
@@ -64,19 +65,20 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
         if to == "pt2":
             torch.export.save(program, path)
         else:
-            _to_onnx(program, path)
+            _to_onnx(program, path, len(tensors(model(x))))
         return _check(model, path, to, x)
 
 
-def _to_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+def _to_onnx(program: torch.export.ExportedProgram, path: Path, outputs: int) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX needs onnx and onnxscript: pip install 'normfree[export]' ({error})") from error
+    names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            program, (), path, dynamo=True, input_names=["images"], output_names=["output"],
+            program, (), path, dynamo=True, input_names=["images"], output_names=names,
             external_data=False, verbose=False,
         )  # fmt: skip
 
@@ -86,7 +88,7 @@ def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
     difference = largest = 0.0
     height, width = x.shape[-2:]
     for images in (x, x.new_empty(3, x.shape[1], height + 33, width + 18).normal_()):
-        expected = model(images)
+        expected = tensors(model(images))
         try:
             outputs = run(images)
         except (AssertionError, RuntimeError) as error:  # a guard of the program
@@ -95,17 +97,21 @@ def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
                 f"{path} is written, but takes no images of {shape}: made from an example of {height}x{width}, in "
                 f"which a stage may have a single position, which then counts as constant; take a larger size ({error})"
             ) from error
-        distance = (outputs.to(expected.device) - expected).abs().max().item()
-        difference = distance if math.isnan(distance) else max(difference, distance)
-        largest = max(largest, expected.abs().max().item())
+        if [tuple(out.shape) for out in outputs] != [tuple(out.shape) for out in expected]:
+            raise ValueError(f"{path} is written, but gives {len(outputs)} outputs of other shapes than the network")
+        for out, other in zip(outputs, expected, strict=True):
+            distance = (out.to(other.device) - other).abs().max().item() if out.numel() else 0.0
+            difference = distance if math.isnan(distance) else max(difference, distance)
+            largest = max(largest, other.abs().max().item() if out.numel() else 0.0)
     if not difference <= 1e-4 * max(1.0, largest):  # nor NaN
         raise ValueError(f"{path} is written, but its outputs differ by {difference:.3g} from the network's")
     return Exported(path, difference, largest)
 
 
-def _runner(path: Path, to: Format) -> Any:
+def _runner(path: Path, to: Format) -> Callable[[Tensor], list[Tensor]]:
     if to == "pt2":
-        return torch.export.load(path).module()
+        program = torch.export.load(path).module()
+        return lambda images: tensors(program(images))
     try:
         import onnxruntime
     except ImportError as error:
@@ -114,4 +120,4 @@ def _runner(path: Path, to: Format) -> Any:
         ) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
+    return lambda images: [torch.from_numpy(out) for out in session.run(None, {name: images.cpu().numpy()})]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normfree.conversion.plan import Plan
 from normfree.errors import SignalError
 from normfree.trace.inputs import map_tensors
+from normfree.trace.preparation import isolated_rng
 from normfree.trace.tape import Tape
 from normfree.trace.watched import run_watched
 
@@ -46,7 +47,7 @@ def observe(model: nn.Module, call: Call, plan: Plan, *, rounded: bool = False) 
             values = output.detach().flatten()
             seen.append((path, node, values[:: max(1, values.numel() // _SAMPLE)].clone()))
 
-    with torch.random.fork_rng():
+    with isolated_rng():
         torch.manual_seed(0)
         arguments = map_tensors(_rounded, call) if rounded else call
         outputs = run_watched(model, tape, *arguments, batch_stats=False, on_module=note)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,6 +17,7 @@ from normfree.conversion.comparison import observe, refuse_difference
 from normfree.conversion.decision import kept_norms, list_changes, make_plan
 from normfree.conversion.plan import Change, Plan
 from normfree.conversion.replacement import apply_plan
+from normfree.conversion.saving import save
 from normfree.conversion.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.nn.surgery import copied
@@ -38,7 +37,6 @@ _NORMS: dict[str, tuple[tuple[type[nn.Module], ...], frozenset[str]]] = {
     "instance": ((nn.modules.instancenorm._InstanceNorm,), frozenset()),
 }
 _ENOUGH = 64
-_PLAN = "normfree_plan"
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,7 @@ class Conversion:
 
         Raises ValueError for another suffix, OSError where it cannot be written.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise ValueError(f"cannot write {path}: the suffix must be .safetensors")
-        try:
-            save_model(self.model, str(path), metadata={_PLAN: self.plan.to_json()})
-        except Exception as error:  # safetensors has an error of its own
-            raise OSError(f"cannot write {path}: {error}") from error
-        return path
+        return save(self.model, self.plan, Path(path))
 
 
 @exclusively
@@ -191,37 +182,6 @@ def _apply_and_calibrate(
     shifts = {path: bias.detach().clone() for path in after_norms if (bias := layers[path].bias) is not None}
     with opened_branches(model, closed_parameters(model) + closed_multipliers(model, multipliers)):
         return calibrate(layers, shifts, lambda tape: run_watched(model, tape, *call))
-
-
-def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
-    """Convert `model` again as `Conversion.save` wrote it; in place.
-
-    Args:
-        model: Fresh network of the class that was converted.
-        path: File that `Conversion.save` has written.
-
-    Returns:
-        The model, with the saved tensors.
-
-    Raises:
-        ValueError: For a file that is no conversion, or of another network.
-        FileNotFoundError: Where there is no file.
-    """
-    try:
-        with safe_open(str(path), "pt") as file:
-            plan = Plan.from_json((file.metadata() or {}).get(_PLAN, ""))
-            held = set(file.keys())
-            for name, parameter in model.named_parameters():
-                here = tuple(parameter.shape)
-                if name in held and (there := tuple(file.get_slice(name).get_shape())) != here:
-                    raise ValueError(f"{name} is {there} there and {here} here")
-        apply_plan(plan, model)
-        load_model(model, str(path))
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is no conversion of a {type(model).__name__} ({error})") from error
-    return model
 
 
 def _check(

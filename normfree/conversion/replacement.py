@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,10 +58,33 @@ def apply_plan(plan: Plan, model: nn.Module, *, keep_function: bool = False) -> 
             _normalize(layer)
     for norm in plan.removed:
         replacements[modules[norm.path]] = remainder(modules[norm.path], norm)
+    _follow_in_optimizers(model, plan, layers, modules)
     replace_modules(model, replacements)
     if layers:
         attach(model)
     return layers
+
+
+def _follow_in_optimizers(
+    model: nn.Module, plan: Plan, layers: Mapping[str, ScaledWS], modules: Mapping[str, nn.Module]
+) -> None:
+    """Give the new parameters to the optimizers that modules carry, in the place of a normalizer's or by the weight."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    optimizers = {id(value): value for value in held if isinstance(value, torch.optim.Optimizer)}
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    left = {id(p) for layer in layers.values() for p in layer.parameters()}
+    gone = [modules[norm.path] for norm in plan.removed] + [modules[planned.path] for planned in plan.layers]
+    removed = {id(p) for module in gone for p in module.parameters(recurse=False)} - left
+    held_already = {id(p) for group in groups for p in group["params"]}
+    for planned in plan.layers:
+        layer = layers[planned.path]
+        norm = [] if planned.norm is None else list(modules[planned.norm].parameters(recurse=False))
+        for group in groups:
+            known = {id(p) for p in group["params"]}
+            if any(id(p) in known for p in norm) or (not norm and id(layer.weight) in known):
+                group["params"] += [p for p in layer.parameters() if id(p) not in held_already]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in removed]
 
 
 def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:

@@ -1,8 +1,7 @@
 """The measurement: one watched run of any model, made into a report."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from normfree.trace.preparation import (
     closed_multipliers,
     closed_parameters,
     is_normalizer,
+    isolated_rng,
     opened_branches,
     standardizes_weights,
 )
@@ -75,7 +75,7 @@ def characterize(
         )
     reports = []
     for seed in range(seeds):
-        with _isolated_rng(), torch.inference_mode(False):
+        with isolated_rng(), torch.inference_mode(False):
             torch.manual_seed(seed)
             net = _made(model)
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
@@ -169,11 +169,3 @@ def _name_of(model: Any) -> str:
     if isinstance(model, nn.Module):
         return type(getattr(model, "_orig_mod", model)).__name__
     return getattr(model, "__name__", type(model).__name__)
-
-
-@contextlib.contextmanager
-def _isolated_rng() -> Iterator[None]:
-    """The random state of the CPU and of every initialized CUDA device is put back afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        yield

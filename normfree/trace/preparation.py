@@ -34,6 +34,14 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Put back the random state of the CPU and of every initialized CUDA device afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+@contextlib.contextmanager
 def measuring(model: nn.Module, *, batch_stats: bool) -> Iterator[None]:
     """Hold every module in eval mode; with `batch_stats`, unfrozen BatchNorm normalizes with the batch's statistics.
 
