@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from normfree.files import check_format
 
-FORMAT = 2
+FORMAT = 1
 """Number of the text's format; it grows when a plan is written that earlier versions cannot follow."""
 
 
