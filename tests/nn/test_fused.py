@@ -35,7 +35,8 @@ def test_they_pass_these_tests_in_a_process_that_interprets_triton():
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\d+ passed, 3 skipped", done.stdout), done.stdout  # this one, the next, and that for GPUs
+    # This one, the next, three that compile, and three for GPUs.
+    assert re.search(r"\d+ passed, 8 skipped", done.stdout), done.stdout
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="Triton works here")

@@ -28,8 +28,8 @@ from tests.training.tiny import TINY, rows
 def test_other_people_s_models_train(model, tmp_path):
     arguments = {"nf_regnet_b0": ("width=0.25",)}.get(model, ())
     recipe = dataclasses.replace(
-        TINY, model=model, model_args=arguments, batch=512, stochastic_depth_rate=None, channels_last=True,
-        precision="bf16", clip_adaptive=0.01,
+        TINY, model=model, model_args=arguments, batch=128, train_images=256, stochastic_depth_rate=None,
+        channels_last=True, precision="bf16", clip_adaptive=0.01,
     )  # fmt: skip
     assert train(recipe, tmp_path / "run", quiet=True).finished
 
