@@ -20,6 +20,8 @@ from normfree.trace.watched import run_watched
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF = 0.05
 _SAMPLE = 4096
+_OUTPUT = "output"
+_EQUAL = (0.0, 0.0)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -70,45 +72,50 @@ def refuse_difference(original: Observation, converted: nn.Module, call: Call, p
     Raises SignalError where the difference is beyond rounding, and names the first module that gives something else.
     """
     found = observe(converted, call, plan)
-    largest, place = _largest(original, found)
-    if not place:
+    differences = _differences(original, found)
+    outputs = [difference for place, (difference, _) in differences.items() if place.startswith(_OUTPUT)]
+    largest = max(outputs, default=0.0)
+    beyond = _beyond_rounding(differences)
+    if not beyond:
         return largest
-    repeated, differs = _largest(found, observe(converted, call, plan))
-    if differs and largest <= 3 * repeated:
+    repeated = _differences(found, observe(converted, call, plan))
+    unsteady = {place: one for place, one in beyond.items() if one <= 3 * repeated.get(place, _EQUAL)[0]}
+    if unsteady:
         warnings.warn(
-            f"a {type(converted).__name__} differs from itself by {repeated:.1e} of the largest value when it is run "
-            "twice: its conversion can be compared within that only",
+            f"{next(iter(unsteady))} of a {type(converted).__name__} differs from itself when it is run twice: the "
+            "conversion can be compared within that only",
             stacklevel=3,
         )
-        return largest
-    if largest <= 10 * _largest(found, observe(converted, call, plan, rounded=True))[0]:
-        return largest
-    raise SignalError(
-        f"the conversion would change the function: {place} differs by {largest:.1e} of its largest value. Exclude the "
-        "normalizers before it, or take keep='weights'"
-    )
+    beyond = {place: one for place, one in beyond.items() if place not in unsteady}
+    rounded = _differences(found, observe(converted, call, plan, rounded=True)) if beyond else {}
+    for place, difference in beyond.items():
+        if difference == math.inf or difference > 10 * rounded.get(place, _EQUAL)[0]:
+            raise SignalError(
+                f"the conversion would change the function: {place} differs by {difference:.1e} of its largest value. "
+                "Exclude the normalizers before it, or take keep='weights'"
+            )
+    return largest
 
 
-def _largest(one: Observation, other: Observation) -> tuple[float, str]:
-    """Return the largest relative difference of two runs, and the first place where it is beyond rounding, or ""."""
-    largest, place = 0.0, ""
+def _differences(one: Observation, other: Observation) -> dict[str, tuple[float, float]]:
+    """Return by place, in the order of the run, the largest relative difference, and what rounding may make it."""
+    found = {}
     for path, values in one.modules.items():
         there = other.modules.get(path, [])
-        pairs = list(zip(values, there, strict=False))
-        difference = max((_difference(a, b) for a, b in pairs), default=0.0)
-        if len(there) != len(values):
-            difference = math.inf
-        if difference > _limit(values[0]) and not place:
-            place, largest = f"the output of {path}", max(largest, difference)
+        pairs = zip(values, there, strict=False)
+        difference = max((_difference(a, b) for a, b in pairs), default=0.0) if len(there) == len(values) else math.inf
+        found[f"the output of {path}"] = difference, _limit(values[0])
     if len(one.outputs) != len(other.outputs):
-        return math.inf, place or "the number of outputs"
+        found[_OUTPUT] = math.inf, 0.0
+        return found
     for index, (a, b) in enumerate(zip(one.outputs, other.outputs, strict=True)):
         if a is not None and b is not None:
-            difference = _difference(a, b)
-            largest = max(largest, difference)
-            if difference > _limit(a) and not place:
-                place = "the output" if len(one.outputs) == 1 else f"output {index}"
-    return largest, place
+            found[f"{_OUTPUT} {index}"] = _difference(a, b), _limit(a)
+    return found
+
+
+def _beyond_rounding(differences: dict[str, tuple[float, float]]) -> dict[str, float]:
+    return {place: difference for place, (difference, limit) in differences.items() if difference > limit}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -170,10 +170,7 @@ def _wait(layers: Sequence[ScaledWS], keep: KeptWeights | None = None) -> dict[S
     for (kernels, *_), members in groups.items():
         fresh = [layer for layer in members if layer not in effective] if effective else members
         if fresh:
-            group = [
-                Factors._make((layer.filters(of[0]), *of[1:], layer.eps))
-                for layer, of in zip(fresh, map(found.__getitem__, fresh), strict=True)
-            ]
+            group = [Factors._make((layer.filters(found[layer][0]), *found[layer][1:], layer.eps)) for layer in fresh]
             computed = dict(zip(fresh, _compute(kernels, group, fresh), strict=True))
             effective.update(computed)
             if keep is not None:

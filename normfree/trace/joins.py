@@ -127,7 +127,7 @@ class _Paths:
     kind: str  # of a shortcut that goes there
     modules: frozenset[str]  # of the weight layers on all paths
     enlarges: bool  # the resolution
-    has_joins: bool  # additions of paths that both have weight layers, or of a path and a shortcut
+    has_joins: bool  # additions of activations
 
     @property
     def rank(self) -> tuple[bool, int, int]:
