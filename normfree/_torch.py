@@ -8,7 +8,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,18 @@ except ImportError:
                 "watching a run needs torch.utils._python_dispatch.TorchDispatchMode, which torch "
                 f"{torch.__version__} does not have; torch {_KNOWN} has it"
             )
+
+
+# Not exported by torch.jit for type checkers; TorchScript knows the first by its identity.
+is_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def script_if_tracing(function: Function) -> Function:
+    """Compile a function by TorchScript where a trace reaches it, so that it holds for other sizes too."""
+    compiled: Function = torch.jit.script_if_tracing(function)
+    return compiled
 
 
 @functools.cache

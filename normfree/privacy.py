@@ -1,19 +1,22 @@
 """Gradients per example for Opacus: differentially private training needs them, and BatchNorm has none."""
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normfree.nn.gates import Gate
 from normfree.nn.scaled_layer import ScaledWS
-from normfree.nn.surgery import Copy, replace_modules
+from normfree.nn.surgery import Copy, Removed, replace_modules
 
 
 def per_sample_gradients(model: nn.Module) -> Any:
     """Wrap `model` in Opacus' GradSampleModule: after a backward pass every parameter has a `grad_sample`, (N, …).
 
     The result is the module to give to `PrivacyEngine.make_private`. Opacus refuses layers that train and have buffers,
-    since a normalizer's would leak; the buffers of `ScaledWS…` layers are constants, and are let through. (Set them on
+    since a normalizer's would leak; the buffers of `ScaledWS…` layers and of gates are constants, and are let through. (Set them on
     noise or public images: a conversion looks at its images without privacy.) What a layer puts out cannot be
     overwritten then: in the model itself, in-place activations are switched to ordinary ones, and every `nn.Identity`,
     as a conversion leaves for a normalizer, becomes a copy.
@@ -40,30 +43,41 @@ def per_sample_gradients(model: nn.Module) -> Any:
                 f"{path} ({type(module).__name__}) normalizes with the batch's statistics: convert it first"
             )
         trains = any(p.requires_grad for p in module.parameters(recurse=False))
-        if trains and not isinstance(module, ScaledWS) and next(module.buffers(), None) is not None:
+        if trains and not isinstance(module, ScaledWS | Gate) and next(module.buffers(), None) is not None:
             raise ValueError(
                 f"{path} ({type(module).__name__}) trains and has buffers: Opacus cannot keep them private"
             )
-    replace_modules(model, {module: Copy() for module in model.modules() if type(module) is nn.Identity})
+    replace_modules(model, {module: Copy() for module in model.modules() if type(module) in (nn.Identity, Removed)})
     for module in model.modules():
-        if isinstance(module, ScaledWS):
+        if isinstance(module, ScaledWS | Gate):
             register_grad_sampler(type(module))(_sampler)
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010
     return GradSampleModule(model, strict=False)
 
 
-def _sampler(layer: ScaledWS, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def _sampler(layer: Any, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """Gradients per example, by parameter, from the layer's input and the gradient of its output.
 
     One example after the other: mapped over the examples, the work on the weights takes many times as long on CPUs.
     """
-    parameters = [p for p in layer.parameters() if p.requires_grad]
+    parameters = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+    layer = _without_hooks(layer)
     found = [p.new_empty(len(backprops), *p.shape) for p in parameters]
     with torch.enable_grad():
         for index, (x, gradient) in enumerate(zip(activations[0].detach(), backprops, strict=True)):
             more = [gradient.shape[1:]] if isinstance(layer, nn.modules.conv._ConvTransposeNd) else []  # output_size
-            out = layer.forward(x[None].to(layer.weight.dtype), *more)  # past the hooks, which are Opacus' own
+            out = layer(x[None].to(parameters[0].dtype), *more)
             for gradients, one in zip(found, torch.autograd.grad(out, parameters, gradient[None].to(out)), strict=True):
                 gradients[index] = one
     return dict(zip(parameters, found, strict=True))
+
+
+def _without_hooks(module: nn.Module) -> Any:
+    """Return a module of the same parameters that nobody watches; the hooks of this one are Opacus' own."""
+    bare = copy.copy(module)
+    hooks = {name: OrderedDict[int, Any]() for name in vars(module) if name.endswith("_hooks")}
+    vars(bare).update(
+        hooks, _modules={name: child and _without_hooks(child) for name, child in module._modules.items()}
+    )
+    return bare

@@ -30,7 +30,7 @@ FLOORS = {
     "signal": GROUND | {"trace"},
     "models": GROUND | {"nn"},
     "folding": {"nn"},
-    "conversion": GROUND | {"nn", "signal", "trace"},
+    "conversion": GROUND | {"folding", "nn", "signal", "trace"},
     "exporting": {"folding", "trace"},
     "privacy": {"nn"},
     "sources": {"errors", "models"},

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, create_model, fold
+from normfree.folding import has_scaled_layers
+from normfree.nn import ScaledWSLinear
+from normfree.nn.padding import SameConv2d
 from normfree.nn.scaled_layer import ScaledWS
 from tests.helpers import assert_close, assert_equal, assert_same_state, shaken
 
@@ -32,16 +35,82 @@ def test_a_folded_network_computes_the_same_from_plain_layers(name, size):
         assert_close(folded(x), model(x), 1e-6, "logits")
     assert_same_state(model.state_dict(), before)
     assert not any("gain" in key and "gate" not in key for key in folded.state_dict())
-    kinds = {type(m).__name__ for m in folded.modules() if isinstance(m, ScaledWS | nn.modules.conv._ConvNd)}
-    assert kinds == {"FoldedConv2d"}
+    layers = [m for m in folded.modules() if isinstance(m, ScaledWS | nn.modules.conv._ConvNd)]
+    strided_same = [m for m in layers if type(m) is SameConv2d]
+    assert all(m.padding == "same" and m.stride == (2, 2) for m in strided_same)
+    assert {type(m) for m in layers if m not in strided_same} == {nn.Conv2d}
 
 
-@pytest.mark.parametrize("name", ["nf_resnet26", "nf_regnet_b0", "nf_ecaresnet26", "eca_nfnet_l0"])
+@pytest.mark.parametrize(
+    "name",
+    ["nf_resnet26", "nf_regnet_b0", "nf_ecaresnet26", "eca_nfnet_l0", "resnetv2_50x1_bit", "vit_tiny_r_s16_p8_224"],
+)
 def test_a_folded_network_of_timm_s_computes_the_same(name):
     model = shaken(timm.create_model(name, num_classes=10))
-    x = torch.randn(2, 3, 64, 75)
+    x = torch.randn(2, 3, *((224, 224) if "vit" in name else (64, 75)))
+    folded = fold(model)
+    assert not any("Std" in type(m).__name__ for m in folded.modules())
     with torch.no_grad():
-        assert_close(fold(model)(x), model(x), 1e-5, "logits")
+        assert_close(folded(x), model(x), 1e-5, "logits")
+
+
+class StdConv2d(nn.Conv2d):
+    """Called as timm's, and another formula."""
+
+    def forward(self, x):
+        """Convolve with centred filters."""
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+    eps = 1e-6
+
+
+def test_a_layer_that_is_only_called_as_timm_s_is_left_alone():
+    model = nn.Sequential(ScaledWSConv2d(3, 8, 3), StdConv2d(8, 8, 3))
+    folded = fold(model)
+    assert [type(m) for m in folded] == [nn.Conv2d, StdConv2d]
+    with pytest.raises(ValueError, match="nothing to fold"):
+        fold(model[1])
+
+
+SCRIPTED = {
+    "nf_resnet26": {},
+    "nf_resnet50": {"padding": "symmetric", "se_ratio": 0.25},
+    "nf_regnet_b0": {},
+    "nfnet_f0": {"group_size": 16},
+    "bn_resnet26_postact": {},
+    "fixup_resnet26": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")  # of torch.fx's own class
+@pytest.mark.parametrize("name", SCRIPTED)
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript_takes_folded_networks_at_any_size(name, how):
+    model = shaken(create_model(name, num_classes=5, width=0.25, **SCRIPTED[name])).eval()
+    model = fold(model) if has_scaled_layers(model) else model
+    x = torch.randn(2, 3, 64, 64)
+    scripted = torch.jit.script(model) if how == "script" else torch.jit.trace(model, x)
+    for images in (x, torch.randn(3, 3, 75, 90)):
+        with torch.no_grad():
+            expected = model(images)
+            assert expected.std() > 0
+            assert_close(scripted(images), expected, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_asks_for_a_folded_network():
+    with pytest.raises(ValueError, match="TorchScript takes folded networks"):
+        torch.jit.script(create_model("nf_resnet26", width=0.25))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_torch_s_tools_find_the_layers_of_a_folded_network():
+    folded = fold(nn.Sequential(ScaledWSLinear(10, 8), nn.ReLU(), ScaledWSLinear(8, 3)))
+    quantized = torch.ao.quantization.quantize_dynamic(folded, {nn.Linear})
+    assert [type(m).__module__.startswith("torch.ao") for m in quantized] == [True, False, True]
 
 
 @pytest.mark.parametrize("kind", [ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d])
@@ -53,12 +122,10 @@ def test_a_single_convolution_of_any_dimension_is_folded(kind):
     assert_close(folded(x), conv(x).detach(), 1e-6)
 
 
-def test_a_folded_network_says_that_it_does_not_train():
+def test_the_weights_of_a_folded_network_do_not_train():
     folded = fold(create_model("nf_resnet26", width=0.25))
-    with pytest.raises(RuntimeError, match="folded for inference"):
-        folded.train()
-    folded.eval()
-    layers = [m for m in folded.modules() if type(m).__name__ == "FoldedConv2d"]
+    assert not folded.training
+    layers = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
     assert len(layers) == 29
     assert [p for layer in layers for p in layer.parameters() if p.requires_grad] == []
 
@@ -69,7 +136,7 @@ def test_folded_in_place_shared_modules_stay_shared():
     expected = model(torch.ones(1, 3, 2, 2))
     assert fold(model, inplace=True) is model
     assert model[0] is model[2]
-    assert type(model[0]).__name__ == "FoldedConv2d"
+    assert type(model[0]) is nn.Conv2d
     assert_close(model(torch.ones(1, 3, 2, 2)), expected.detach(), 1e-6)
 
 

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 import normfree
 from normfree.privacy import per_sample_gradients
+from tests.helpers import shaken
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "differential_privacy.py"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of opacus and what it imports
@@ -37,8 +38,23 @@ def loop(model, images, labels):
     return dict(zip(dict(model.named_parameters()), map(torch.stack, zip(*found, strict=True)), strict=True))
 
 
-def test_through_torch_func_and_through_opacus_gradients_equal_a_loop_s():
-    model, images, labels = small(), torch.randn(4, 3, 32, 32).double(), torch.arange(4)
+def gated(name, **arguments):
+    """One of this package's networks with gates at the ends of branches or inside of them."""
+    rates = {"drop_rate": 0.0, "stochastic_depth_rate": 0.0}
+    return shaken(normfree.create_model(name, num_classes=5, **{"width": 0.125} | rates | arguments)).double().train()
+
+
+MODELS = {
+    "converted": small,
+    "squeeze-excite": lambda: gated("nf_resnet26", width=0.25, se_ratio=0.25),
+    "nfnet": lambda: gated("nfnet_f0", group_size=16),
+    "nf_regnet": lambda: gated("nf_regnet_b0", width=0.25),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_through_torch_func_and_through_opacus_gradients_equal_a_loop_s(name):
+    model, images, labels = MODELS[name](), torch.randn(4, 3, 32, 32).double(), torch.arange(4)
     expected = loop(model, images, labels)
 
     def loss(parameters, image, label):

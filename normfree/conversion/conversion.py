@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from normfree.conversion.calibration import CLOSE, calibrate
@@ -22,7 +22,7 @@ from normfree.conversion.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.nn.surgery import copied
 from normfree.signal import SignalReport, characterize
-from normfree.trace.inputs import as_call
+from normfree.trace.inputs import as_call, examples
 from normfree.trace.joins import find_joins
 from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, opened_branches
 from normfree.trace.tape import Tape
@@ -139,7 +139,7 @@ def convert(
     """
     _check(model, keep, alpha, norms, exclude, depthwise)
     paths = _selected(model, norms, exclude)
-    images = _batch(images)
+    images = examples(images, model, _ENOUGH) if isinstance(images, DataLoader) else images
     refuse_unrunnable(model)
     model = model if inplace else copied(model)
     before = characterize(model, images)
@@ -201,23 +201,6 @@ def _check(
         raise ValueError(f"alpha is {alpha}; it must be positive")
     if alpha is not None and keep == "function":
         raise ValueError(f"alpha is {alpha}; where the function is kept, branches are not scaled")
-
-
-def _batch(images: Any) -> Any:
-    """Read the inputs as `characterize` takes them; of a DataLoader the first 64 images."""
-    if not isinstance(images, DataLoader):
-        return images
-    taken: list[Tensor] = []
-    for batch in images:
-        first = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(first, Tensor):
-            return images
-        if taken and first.shape[1:] != taken[0].shape[1:]:
-            break
-        taken.append(first)
-        if sum(map(len, taken)) >= _ENOUGH:
-            break
-    return torch.cat(taken)[:_ENOUGH] if taken else images
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:

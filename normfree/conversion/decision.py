@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.conversion.plan import Change, Plan, PlannedLayer, RemovedNorm
-from normfree.conversion.replacement import affine_in_eval_mode, affine_of, pads_same, remainder
+from normfree.conversion.replacement import affine_in_eval_mode, affine_of, is_bounded, pads_same, remainder
 from normfree.conversion.structure import Structure
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.surgery import kind_of
@@ -50,7 +50,8 @@ def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: 
     if is_excluded(path, exclude):
         return "excluded"
     if sources is None:
-        return "did not run on these inputs"
+        past = "its forward is called past the module, as by `norm.forward(x)`: call the module itself, `norm(x)`"
+        return past if path in structure.used else "did not run on these inputs"
     if not sources:
         return "no weight layer before it: it normalizes the network's input"
     if path in structure.of_input:
@@ -144,8 +145,11 @@ def layer_refusal(module: nn.Module, padded: bool = False) -> str:
     kind = kind_of(module)
     if kind is None and not (padded and module.weight.ndim == 2):
         return f"its weight is used by a {type(module).__name__}, which is no layer of torch.nn: a functional call"
-    if "weight" not in module._parameters:
-        return "its weight is parametrized"
+    if not (bounded := is_bounded(module)) and "weight" not in module._parameters:
+        return (
+            "its weight is computed from others: make it a parameter first (parametrize.remove_parametrizations, "
+            "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils)"
+        )
     weight: Any = module.weight
     if weight.numel() > 1 and bool((weight == weight.flatten()[0]).all()):
         return "its weight is constant: without its mean it is zero"
@@ -153,6 +157,8 @@ def layer_refusal(module: nn.Module, padded: bool = False) -> str:
         return _OWN_FORWARD
     held = itertools.chain(module.named_parameters(), module.named_buffers())
     own = {name for name, _ in held} | (set() if padded else module._modules.keys())
+    if bounded:
+        own -= {name for name in own if name.startswith("parametrizations")}
     if own := own - {"weight", "bias"}:
         return f"it holds {', '.join(sorted(own))} besides weight and bias"
     if padded or not computes_its_own(module):

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from normfree.conversion.merging import prepare_merging
 from normfree.conversion.plan import Plan, PlannedLayer, RemovedNorm
 from normfree.nn import (
     ScaledWSConv1d,
@@ -20,7 +22,7 @@ from normfree.nn import (
 )
 from normfree.nn.padding import SameConv2d
 from normfree.nn.scaled_layer import ScaledWS
-from normfree.nn.surgery import Copy, constructor_arguments, kind_of, replace_modules
+from normfree.nn.surgery import Removed, constructor_arguments, kind_of, replace_modules
 from normfree.nn.weight_pass import attach
 
 _SCALED: dict[type[nn.Module], Any] = {
@@ -30,6 +32,7 @@ _SCALED: dict[type[nn.Module], Any] = {
         ScaledWSConvTranspose3d, ScaledWSLinear,
     )
 }  # fmt: skip
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def apply_plan(plan: Plan, model: nn.Module, *, keep_function: bool = False) -> dict[str, ScaledWS]:
@@ -56,12 +59,16 @@ def apply_plan(plan: Plan, model: nn.Module, *, keep_function: bool = False) -> 
                 _compute(layer, modules[planned.path], modules[planned.norm])
         if planned.standardize and users[id(layer.weight)] == 1:  # another module's weight stays as it is
             _normalize(layer)
+    carriers = {planned.norm: layers[planned.path] for planned in plan.layers}
     for norm in plan.removed:
-        replacements[modules[norm.path]] = remainder(modules[norm.path], norm)
+        rest = replacements[modules[norm.path]] = remainder(modules[norm.path], norm)
+        if isinstance(rest, Removed):
+            rest.carry_by(carriers.get(norm.path))
     _follow_in_optimizers(model, plan, layers, modules)
     replace_modules(model, replacements)
     if layers:
         attach(model)
+    prepare_merging(model)
     return layers
 
 
@@ -104,7 +111,10 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
             **arguments, bias=planned.bias, device=weight.device, dtype=weight.dtype,
             skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
         )  # fmt: skip
-    layer.weight = weight
+    if is_bounded(plain):
+        _move_bounds(plain, layer)
+    else:
+        layer.weight = weight
     bias = getattr(plain, "bias", None)
     if planned.bias and bias is not None:
         layer.bias = bias
@@ -116,13 +126,40 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
     return layer.train(plain.training)
 
 
+def is_bounded(layer: nn.Module) -> bool:
+    """Tell whether a weight is a parameter that is only bounded, as by a maximal norm: parametrized by a function that
+    leaves small weights as they are.
+    """
+    if not parametrize.is_parametrized(layer, "weight"):
+        return False
+    bounds: Any = layer.parametrizations
+    if len(bounds) > 1 or not bounds.weight.is_tensor:
+        return False
+    small = value = bounds.weight.original.detach() * 1e-3
+    with torch.no_grad():
+        for bound in bounds.weight:
+            value = bound(value)
+    return value.shape == small.shape and torch.allclose(value, small, rtol=1e-3, atol=0)
+
+
+def _move_bounds(plain: Any, layer: ScaledWS) -> None:
+    """Make the parameter and the bounds of a layer's weight those of another."""
+    bounds = plain.parametrizations.weight
+    for bound in bounds:
+        parametrize.register_parametrization(layer, "weight", bound, unsafe=True)
+    layer.parametrizations.weight.original = bounds.original
+
+
 def remainder(norm: Any, removed: RemovedNorm) -> nn.Module:
     """Return what is left of a normalizer: its dropout and its activation where it has them, else the identity."""
-    rest: list[nn.Module] = [Copy()] if removed.copied else []
-    rest += [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
-    rest = [part for part in rest if not isinstance(part, nn.Identity)]
-    left = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
-    return left.train(norm.training)
+    parts = [getattr(norm, "drop", None), getattr(norm, "act", None)]
+    rest = [part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+    weight, statistics = affine_of(norm)[0], getattr(norm, "running_var", None)
+    channels = next((t.numel() for t in (statistics, weight) if t is not None), getattr(norm, "num_features", 0))
+    kind = next((one for one in _BATCH_NORMS if isinstance(norm, one)), None if statistics is None else nn.BatchNorm2d)
+    if removed.copied or not rest:
+        rest.insert(0, Removed(channels, kind, copies=removed.copied))
+    return (rest[0] if len(rest) == 1 else nn.Sequential(*rest)).train(norm.training)
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:

@@ -34,6 +34,8 @@ class Structure:
     """The same where something else takes it too, or keeps it: another layer, or who called the network."""
     padded: set[str] = field(default_factory=set)
     """Modules that do what a convolution or a linear layer does with their weight, and pad or crop at most."""
+    used: set[str] = field(default_factory=set)
+    """Modules whose own parameters were used, whether they were called or not."""
     ends: set[str] = field(default_factory=set)
     """Weight layers that end a residual branch."""
     overwritten: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
@@ -73,6 +75,7 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
         if norm is not None:
             found.overwritten[norm] |= {writer.module for writer in _writers(node.index, children)}
     found.padded = {path for path, layers in calls.items() if path and _pads_at_most(nodes, path, layers)}
+    found.used = {name.rpartition(".")[0] for name in tape.parameters}
     found.ends = {path for _, paths in branch_ends(tape).values() for path in paths}
     return found
 

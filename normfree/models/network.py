@@ -26,6 +26,7 @@ class Head(Scales):
     """
 
     in_scale: Tensor
+    fc: nn.Module
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class Head(Scales):
         self.drop = nn.Dropout(drop_rate)
         self.bias = bias
         self._register_scales(torch.empty(0), in_scale=in_scale)
-        self.fc: nn.Module = nn.Identity()
+        self.fc = nn.Identity()
         self.reset_classifier(num_classes, torch.empty(0))
 
     def reset_classifier(self, num_classes: int, like: Tensor) -> None:
@@ -135,6 +136,10 @@ class ResidualNetwork(
             return self.forward_head(self.forward_features(x))
         with self._weight_pass.opened(self):
             return self.forward_head(self.forward_features(x))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Give TorchScript the graph of the network, which it can read once the network is folded."""
+        return torch.fx.symbolic_trace(self)
 
     def forward_intermediates(
         self,

@@ -237,7 +237,7 @@ def supports(factors: Factors) -> bool:
         and weight.numel() > 0
         and bool(_layouts(weight))
         and all(t.numel() == n and t.is_contiguous() and t.device == weight.device for t, n in sizes if t is not None)
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not _torch.is_tracing()
         and not _torch.functorch_is_active()
         and _torch.only_observed()
         and _works(weight.device)

@@ -15,7 +15,7 @@ from normfree.nn.initialization import truncated_normal_
 from normfree.nn.scales import Scales
 
 
-class _Gate(Scales):
+class Gate(Scales):
     """Each channel times gate_scale · out_scale · skip_gain · sigmoid(logits), (N, C, H, W) to the same."""
 
     def __init__(self, gate_scale: float, out_scale: float, skip_gain: float | None) -> None:
@@ -34,7 +34,7 @@ class _Gate(Scales):
         return x * (gate * scale.to(gate.dtype))[:, :, None, None]
 
 
-class SqueezeExcite(_Gate):
+class SqueezeExcite(Gate):
     """Squeeze-excite: each channel times gate_scale · out_scale · skip_gain · sigmoid(fc1(relu(fc0(means over H, W)))).
 
     Input and output (N, C, H, W); `hidden` is the width between the two layers. See `normfree.nn.gates` for the scales.
@@ -65,7 +65,7 @@ class SqueezeExcite(_Gate):
         return self.fc1(F.relu(self.fc0(means)))
 
 
-class EfficientChannelAttention(_Gate):
+class EfficientChannelAttention(Gate):
     """ECA (Wang et al. 2020): a gate from a convolution of `kernel_size` along the means of the channels over H, W.
 
     Input and output (N, C, H, W), scales as those of `SqueezeExcite`.

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree._torch import is_scripting, is_tracing, script_if_tracing
 from normfree.nn.recompute import recomputing
 from normfree.nn.symbolic import call_symbolically, is_symbolic
 
@@ -42,6 +43,7 @@ class SamePadding(nn.modules.conv._ConvNd):
         same = padding == "same"
         plain_padding: Any = 0 if same else padding
         super().__init__(in_channels, out_channels, kernel_size, stride, plain_padding, *args, **kwargs)
+        self.pads_same = same  # for TorchScript, in which `padding` cannot be a text or a tuple
         if same:
             self.padding = "same"
 
@@ -75,9 +77,73 @@ class SamePadding(nn.modules.conv._ConvNd):
         return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-class SameConv2d(SamePadding, nn.Conv2d):
+@script_if_tracing
+def padded_in_script(
+    input: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], mode: str, value: float
+) -> Tensor:
+    """Pad as SAME does, for any size of the input, in the part of Python that TorchScript knows."""
+    pads: list[int] = []
+    axes = len(kernel_size)
+    for index in range(axes):
+        axis = axes - 1 - index
+        size = input.shape[input.dim() - 1 - index]
+        extent = dilation[axis] * (kernel_size[axis] - 1) + 1
+        total = max(0, (size - 1) // stride[axis] * stride[axis] + extent - size)
+        pads.append(total // 2)
+        pads.append(total - total // 2)
+    return F.pad(input, pads, mode, value)
+
+
+class _SameConv(SamePadding):
+    """A convolution that TorchScript can read and trace. It reads on behind an `if`, but not an `else` to itself."""
+
+    def _call(self, input: Tensor) -> Tensor:
+        if is_symbolic(input):
+            symbolic: Tensor = call_symbolically(self, input)
+            return symbolic
+        if is_tracing() and self.pads_same:
+            return self._convolve(self._padded_in_script(input), self.weight, self.bias, [0] * len(self.kernel_size))
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _padded_in_script(self, input: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        if self.pads_same:
+            axes = list(self.kernel_size), list(self.stride), list(self.dilation)
+            return padded_in_script(input, axes[0], axes[1], axes[2], mode, 0.0)
+        return F.pad(input, [int(pad) for pad in self._reversed_padding_repeated_twice], mode)
+
+
+class SameConv1d(_SameConv, nn.Conv1d):
+    """`torch.nn.Conv1d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve."""
+        if is_scripting():
+            x = self._padded_in_script(input)
+            return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        else:
+            return self._call(input)
+
+
+class SameConv2d(_SameConv, nn.Conv2d):
     """`torch.nn.Conv2d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve."""
-        return call_symbolically(self, input) if is_symbolic(input) else super().forward(input)
+        if is_scripting():
+            x = self._padded_in_script(input)
+            return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        else:
+            return self._call(input)
+
+
+class SameConv3d(_SameConv, nn.Conv3d):
+    """`torch.nn.Conv3d` whose padding="same" may have a stride, then as in TensorFlow and JAX: see `ScaledWSConv2d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve."""
+        if is_scripting():
+            x = self._padded_in_script(input)
+            return F.conv3d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        else:
+            return self._call(input)

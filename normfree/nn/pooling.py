@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.nn.padding import pad_both_sides, same_padding
+from normfree._torch import is_scripting, is_tracing
+from normfree.nn.padding import pad_both_sides, padded_in_script, same_padding
 from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 
@@ -16,6 +17,12 @@ class AveragePool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool x."""
+        if is_scripting():
+            return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+        else:
+            return self._pool(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
             # The same average, from a repeated last row or column: sizes may be symbols, of which ceil_mode asks more.
             height, width = (same_padding(size, 2, 2) for size in x.shape[-2:])
@@ -32,10 +39,19 @@ class MaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool x, (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉)."""
-        if is_symbolic(x):
-            return call_symbolically(self, x)
         if self.padding == "symmetric":
             return F.max_pool2d(x, 3, 2, padding=1)
+        if is_scripting():
+            return F.max_pool2d(padded_in_script(x, [3, 3], [2, 2], [1, 1], "constant", float("-inf")), 3, 2)
+        else:
+            return self._pool(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if is_symbolic(x):
+            symbolic: Tensor = call_symbolically(self, x)
+            return symbolic
+        if is_tracing():
+            return F.max_pool2d(padded_in_script(x, [3, 3], [2, 2], [1, 1], "constant", float("-inf")), 3, 2)
         totals = [same_padding(size, 3, 2) for size in x.shape[-2:]]
         if torch.compiler.is_exporting() or len({t % 2 for t in totals}) > 1:
             # In an export the sizes may be symbols, whose parity nobody knows.

@@ -224,6 +224,10 @@ class ScaledWS(Scales):
         kernels = None if torch.compiler.is_compiling() else _import_fused()
         return kernels if kernels is not None and kernels.supports(self.factors()) else None
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Say that TorchScript knows no weights that are computed."""
+        raise ValueError("TorchScript takes folded networks: give it normfree.fold(model)")
+
     def extra_repr(self) -> str:
         """Show what differs from a plain layer."""
         parts = [super().extra_repr()]

@@ -28,6 +28,41 @@ class Copy(nn.Module):
         return x.clone()
 
 
+class Removed(nn.Identity):
+    """Identity in the place of a normalizer; with `copies` its output may be written into.
+
+    It has no statistics: tools that merge those into the layer before would read that layer's raw weight.
+
+    Attributes:
+        channels: Number of channels.
+        kind: Class of torch that normalized, if it was a BatchNorm.
+        carrier: Layer that has taken over scale and shift, if there is one. It is no child.
+    """
+
+    carrier: nn.Module | None
+
+    def __init__(self, channels: int, kind: type[nn.Module] | None, *, copies: bool = False) -> None:
+        super().__init__()
+        self.channels = channels
+        self.kind = kind
+        self.copies = copies
+        self.carry_by(None)
+
+    def carry_by(self, layer: nn.Module | None) -> None:
+        """Set the carrier."""
+        vars(self)["carrier"] = layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input, or a copy."""
+        return input.clone() if self.copies else input
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do where a normalizer's statistics are missing."""
+        if name in ("running_mean", "running_var", "weight", "bias", "eps"):
+            raise AttributeError(f"this normalizer was removed and has no {name}: `normfree.fold` merges layers")
+        return super().__getattr__(name)
+
+
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """Return the one of `KINDS` that a module is an instance of."""
     return next((kind for kind in KINDS if isinstance(module, kind)), None)
@@ -85,6 +120,8 @@ def replace_modules(
     for old, new in replacements.items():
         _transfer_attributes(old, new, dropped)
     for module in list(model.modules()):
+        if isinstance(module, Removed) and module.carrier is not None:
+            module.carry_by(replacements.get(module.carrier, module.carrier))
         for name, child in module._modules.items():
             if child is not None and child in replacements:
                 module._modules[name] = replacements[child]

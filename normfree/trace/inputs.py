@@ -1,6 +1,7 @@
 """Inputs of a model: as a call of its forward, or white noise of the size that it declares."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,21 +11,19 @@ from torch.utils.data import DataLoader
 
 from normfree import _torch
 
+_IMAGES = ("image", "images", "img", "imgs", "pixel_values", "input", "inputs", "x", "data")  # by the names in use
+
 
 def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments of the model's forward, on the model's device.
 
-    A tuple is the positional arguments, a dict the keyword arguments, a DataLoader gives its first batch (of a pair,
-    the first: images without labels), anything else, a list of images too, is the only argument.
+    A tuple is the positional arguments, a dict the keyword arguments, a DataLoader gives its first batch (see
+    `examples`), anything else, a list of images too, is the only argument.
 
     Raises TypeError where there is no tensor, ValueError for an empty one and for values that are not finite.
     """
     if isinstance(inputs, DataLoader):
-        batch = next(iter(inputs), None)
-        if batch is None:
-            raise ValueError("the DataLoader is empty")
-        inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        inputs = list(inputs) if isinstance(inputs, tuple) else inputs  # images that were not stacked
+        inputs = examples(inputs, model)
     if isinstance(inputs, tuple):
         args, kwargs = inputs, {}
     elif isinstance(inputs, Mapping):
@@ -41,6 +40,52 @@ def as_call(inputs: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
             raise ValueError(f"inputs of shape {tuple(tensor.shape)} hold NaN or infinite values")
     device = _device(model)
     return map_tensors(lambda t: t.to(device), args), map_tensors(lambda t: t.to(device), kwargs)
+
+
+def examples(loader: DataLoader[Any], model: nn.Module, count: int = 1) -> Any:
+    """Return the first `count` inputs of a DataLoader, a whole batch at least where they are no tensors.
+
+    Of a pair they are the first, images without labels; of a dictionary what the model's forward takes by these names,
+    or else what is called as images are.
+
+    Raises ValueError for an empty loader, TypeError for a dictionary that has nothing for the forward.
+    """
+    taken: list[dict[str, Any]] = []
+    for batch in loader:
+        found = _inputs_of(batch, model)
+        named = dict(found) if isinstance(found, Mapping) else {"": found}
+        if not all(isinstance(value, Tensor) and value.ndim for value in named.values()):
+            return found
+        if taken and [(k, v.shape[1:]) for k, v in named.items()] != [(k, v.shape[1:]) for k, v in taken[0].items()]:
+            break
+        taken.append(named)
+        if sum(len(next(iter(one.values()))) for one in taken) >= count:
+            break
+    if not taken:
+        raise ValueError("the DataLoader is empty")
+    stacked = {name: torch.cat([one[name] for one in taken]) for name in taken[0]}
+    if count > 1:
+        stacked = {name: value[:count] for name, value in stacked.items()}
+    return stacked.get("", stacked)
+
+
+def _inputs_of(batch: Any, model: nn.Module) -> Any:
+    """Choose the inputs of a DataLoader's batch."""
+    if isinstance(batch, list | tuple):
+        return list(batch[0]) if isinstance(batch[0], tuple) else batch[0]  # images that were not stacked
+    if not isinstance(batch, Mapping):
+        return batch
+    parameters = inspect.signature(model.forward).parameters
+    accepted = {key: value for key, value in batch.items() if key in parameters}
+    if accepted:
+        return accepted
+    image = next((batch[name] for name in _IMAGES if name in batch), None)
+    if image is None:
+        raise TypeError(
+            f"the DataLoader gives dictionaries of {', '.join(map(str, batch))}, and the forward of "
+            f"{type(model).__name__} takes {', '.join(parameters) or 'nothing'}: give the inputs themselves"
+        )
+    return image
 
 
 def noise(model: nn.Module, batch: int = 4, size: tuple[int, int] | None = None) -> Tensor:

@@ -165,6 +165,7 @@ class _Recorder(_torch.TorchDispatchMode):
             return
         if op.startswith(NOT_A_FUNCTION_OF_VALUES):
             return
+        self.tape.parameters.update(name for t in taken if (name := self.lineage.parameter(t)) is not None)
         written = written_by(func, args, kwargs)
         module = self.stack[-1] if self.stack else ""
         weight_layer = self.weights.are_in(func, op, args, out, module)

@@ -43,4 +43,5 @@ class Tape:
     nodes: list[Node] = field(default_factory=list)
     last_module: str = ""
     outputs: list[int | None] = field(default_factory=list)  # nodes of the tensors that the model returned
+    parameters: set[str] = field(default_factory=set)  # those that operations on activations have taken
     held: set[int] = field(default_factory=set)  # nodes whose tensors outlive the run: returned, or put somewhere

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import normfree
 from normfree.conversion import convert
@@ -239,3 +240,58 @@ def test_a_detector_with_frozen_normalizers_is_converted_and_trains():
     losses = conversion.model.train()([torch.rand(3, 64, 96)], targets)
     assert losses.keys() == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     assert all(loss.isfinite() for loss in losses.values()), losses
+
+
+class MaxNorm(nn.Module):
+    """Bound of each filter's norm."""
+
+    def forward(self, weight):
+        """Bound."""
+        return weight.renorm(2, 0, 1.0)
+
+
+@pytest.mark.parametrize("keep", ["weights", "function"])
+def test_a_weight_that_is_only_bounded_is_converted_and_stays_bounded(keep, tmp_path):
+    def network():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        net[0].weight.data.mul_(10)
+        parametrize.register_parametrization(net[0], "weight", MaxNorm())
+        return net.eval()
+
+    images = torch.randn(8, 3, 8, 8)
+    original = network()
+    conversion = convert(original, images, keep=keep)
+    free = conversion.model
+    assert not conversion.kept
+    assert parametrize.is_parametrized(free[0], "weight")
+    assert_allclose(free[0].weight, original[0].weight, atol=0)
+    if keep == "function":
+        assert_allclose(free(images), original(images), atol=1e-6)
+    folded = normfree.fold(free)
+    assert type(folded[0]) is nn.Conv2d
+    assert_allclose(folded(images), free(images), atol=1e-6)
+    free.train()(images[:1]).square().sum().backward()
+    assert free[0].parametrizations.weight.original.grad.abs().sum() > 0
+    again = normfree.load_converted(network(), conversion.save(tmp_path / "c.safetensors"))
+    assert_allclose(again(images), free(images), atol=1e-6)
+
+
+WRAPPED = {
+    "weight_norm": nn.utils.weight_norm,
+    "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_weight_that_is_computed_keeps_its_normalizer_and_the_remedy_is_named(name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    WRAPPED[name](model[2])
+    images = torch.randn(4, 3, 8, 8)
+    model(images)
+    (kept,) = convert(model, images).kept
+    assert kept.path == "3"
+    assert "its weight is computed from others: make it a parameter first (parametrize.remove" in kept.note

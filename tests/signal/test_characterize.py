@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from normfree import SignalError, characterize, create_model
+from normfree.trace.inputs import examples
 from tests.helpers import Residual, X, residual_network
 
 
@@ -88,6 +89,31 @@ def test_every_kind_of_input_gives_the_same_report():
     loader = DataLoader(TensorDataset(X, torch.arange(4)), batch_size=4)
     for inputs in (X, (X,), {"input": X}, loader, lambda model: X):
         assert characterize(model, inputs).to_dicts() == expected
+
+
+class TakesTwo(nn.Module):
+    """A model of an image and a mask, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = residual_network()
+
+    def forward(self, image, mask=None):
+        """Multiply."""
+        return self.net(image if mask is None else image * mask)
+
+
+def test_a_loader_of_dictionaries_gives_what_the_forward_takes():
+    loader = DataLoader([{"image": x, "label": 1, "name": "a"} for x in X], batch_size=4)
+    assert characterize(residual_network(), loader).to_dicts() == characterize(residual_network(), X).to_dicts()
+    masked = DataLoader([{"image": x, "mask": torch.full((1, 16, 16), 2.0), "label": 1} for x in X], batch_size=4)
+    expected = characterize(residual_network(), 2 * X).to_dicts()
+    found = characterize(TakesTwo(), masked).to_dicts()
+    assert [row["variance"] for row in found] == [row["variance"] for row in expected]
+    with pytest.raises(TypeError, match="dictionaries of picture, label, and the forward of Sequential takes input"):
+        characterize(residual_network(), DataLoader([{"picture": x, "label": 1} for x in X]))
+    few = DataLoader([{"image": x, "mask": torch.ones(1, 16, 16)} for x in X], batch_size=1)
+    assert examples(few, TakesTwo(), 3)["mask"].shape == (3, 1, 16, 16)
 
 
 def test_noise_has_the_declared_size():
