@@ -16,10 +16,10 @@ def per_sample_gradients(model: nn.Module) -> Any:
     """Wrap `model` in Opacus' GradSampleModule: after a backward pass every parameter has a `grad_sample`, (N, …).
 
     The result is the module to give to `PrivacyEngine.make_private`. Opacus refuses layers that train and have buffers,
-    since a normalizer's would leak; the buffers of `ScaledWS…` layers and of gates are constants, and are let through. (Set them on
-    noise or public images: a conversion looks at its images without privacy.) What a layer puts out cannot be
-    overwritten then: in the model itself, in-place activations are switched to ordinary ones, and every `nn.Identity`,
-    as a conversion leaves for a normalizer, becomes a copy.
+    since a normalizer's would leak; the buffers of `ScaledWS…` layers and of gates are constants, and are let through.
+    (Set them on noise or public images: a conversion looks at its images without privacy.) What a layer puts out
+    cannot be overwritten then: in the model itself, in-place activations are switched to ordinary ones, and every
+    `nn.Identity`, as a conversion leaves for a normalizer, becomes a copy.
 
     Args:
         model: Network without BatchNorm, in training mode.
@@ -77,7 +77,6 @@ def _without_hooks(module: nn.Module) -> Any:
     """Return a module of the same parameters that nobody watches; the hooks of this one are Opacus' own."""
     bare = copy.copy(module)
     hooks = {name: OrderedDict[int, Any]() for name in vars(module) if name.endswith("_hooks")}
-    vars(bare).update(
-        hooks, _modules={name: child and _without_hooks(child) for name, child in module._modules.items()}
-    )
+    children = {name: child and _without_hooks(child) for name, child in module._modules.items()}
+    vars(bare).update(hooks, _modules=children)
     return bare

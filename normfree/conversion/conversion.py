@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from normfree.conversion.calibration import CLOSE, calibrate
 from normfree.conversion.comparison import observe, refuse_difference
-from normfree.conversion.decision import kept_norms, list_changes, make_plan
+from normfree.conversion.decision import affine_norms, kept_norms, list_changes, make_plan
 from normfree.conversion.plan import Change, Plan
 from normfree.conversion.replacement import apply_plan
 from normfree.conversion.saving import save
@@ -120,7 +120,8 @@ def convert(
         images: A batch, as for `characterize`, or a DataLoader, of which the first 64 images are taken.
         keep: "weights", or "function", for a trained network that is to be trained on at a low rate: α is 1, filters
             are scaled without subtracting their means, such that the network computes what the original does in eval
-            mode; normalizers without running statistics, or of anything but one layer's output, stay.
+            mode; a normalizer of anything but one layer's output becomes a `ChannelAffine`, one without running
+            statistics stays.
         alpha: Factor of branches of unit variance; None: 0.2.
         norms: Normalizers that go: "batch" (frozen and synchronized ones too), "group", "layer", "instance".
         exclude: Paths of modules that stay as they are, with everything in them; glob patterns too.
@@ -163,8 +164,9 @@ def _decide(
     removed = [path for path in sorted(paths) if path not in kept]
     if not removed:
         raise _nothing_to_convert(model, "; ".join(f"{path}: {reason}" for path, reason in list(kept.items())[:3]))
-    plan = make_plan(model, structure, removed, exactly=exactly, scale_depthwise=scale_depthwise)
-    return plan, list_changes(model, plan, kept)
+    affine = affine_norms(model, structure, removed, exclude) if exactly else {}
+    plan = make_plan(model, structure, removed, affine, exactly=exactly, scale_depthwise=scale_depthwise)
+    return plan, list_changes(model, plan, kept, affine)
 
 
 def _apply_and_calibrate(

@@ -3,7 +3,7 @@
 import copy
 import fnmatch
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,31 +33,52 @@ def kept_norms(
 ) -> dict[str, str]:
     """Find the normalizers that stay, and why: a weight layer whose output they normalize cannot be replaced.
 
-    With `exactly` those too of which no layer can take over what they do in eval mode.
+    With `exactly` those that have no running statistics.
     """
     kept = {}
     for path in sorted(norms):
-        reason = _reason_to_keep(model, structure, path, exclude)
-        if exactly and not reason:
-            reason = _reason_for_no_exact_carrier(model, structure, path)
+        reason = _reason_to_stay(model, structure, path, exclude)
+        if exactly and not reason and getattr(model.get_submodule(path), "running_var", None) is None:
+            reason = "it has no running statistics"
+        if not exactly and not reason:
+            reason = _reason_to_need_it(model, structure, path, exclude)
         if reason:
             kept[path] = reason
     return kept
 
 
-def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: Sequence[str]) -> str:
-    sources = structure.sources.get(path)
+def affine_norms(
+    model: nn.Module, structure: Structure, norms: Sequence[str], exclude: Sequence[str]
+) -> dict[str, str]:
+    """Find those of the normalizers of which no layer can take over what they do in eval mode, and why."""
+    found = {}
+    for path in norms:
+        if reason := _reason_to_need_it(model, structure, path, exclude):
+            found[path] = reason
+        elif (layer := structure.shared.get(path)) is not None:
+            found[path] = f"the output of {layer}, which it takes, is used elsewhere too, or leaves the network"
+        elif _carrier(model, structure, path) is None:
+            found[path] = "it takes no layer's output as it is, channels in their order"
+    return found
+
+
+def _reason_to_stay(model: nn.Module, structure: Structure, path: str, exclude: Sequence[str]) -> str:
+    """Say why a normalizer cannot be replaced by anything; "" if it can."""
     if is_excluded(path, exclude):
         return "excluded"
-    if sources is None:
+    if structure.sources.get(path) is None:
         past = "its forward is called past the module, as by `norm.forward(x)`: call the module itself, `norm(x)`"
         return past if path in structure.used else "did not run on these inputs"
+    return norm_refusal(model.get_submodule(path))
+
+
+def _reason_to_need_it(model: nn.Module, structure: Structure, path: str, exclude: Sequence[str]) -> str:
+    """Say why the layers before a normalizer cannot do without it; "" if they can."""
+    sources = structure.sources[path]
     if not sources:
         return "no weight layer before it: it normalizes the network's input"
     if path in structure.of_input:
         return "it normalizes the network's input too, past all weight layers"
-    if reason := norm_refusal(model.get_submodule(path)):
-        return reason
     for source in sorted(sources):
         reason = (
             "excluded"
@@ -69,23 +90,23 @@ def _reason_to_keep(model: nn.Module, structure: Structure, path: str, exclude: 
     return ""
 
 
-def _reason_for_no_exact_carrier(model: nn.Module, structure: Structure, path: str) -> str:
-    if (layer := structure.shared.get(path)) is not None:
-        return f"the output of {layer}, which it takes, is used elsewhere too, or leaves the network"
-    if _carrier(model, structure, path) is None:
-        return "no single layer can do what it does: it takes no layer's output as it is, channels in their order"
-    if getattr(model.get_submodule(path), "running_var", None) is None:
-        return "it has no running statistics"
-    return ""
-
-
 def make_plan(
-    model: nn.Module, structure: Structure, removed: Sequence[str], *, exactly: bool, scale_depthwise: bool
+    model: nn.Module,
+    structure: Structure,
+    removed: Sequence[str],
+    affine: Collection[str],
+    *,
+    exactly: bool,
+    scale_depthwise: bool,
 ) -> Plan:
-    """Make the plan that removes these normalizers, or with `exactly` has layers do what they do in eval mode."""
-    norm_of = {_carrier(model, structure, norm): norm for norm in removed}
+    """Make the plan that removes normalizers, or with `exactly` has layers do what they do in eval mode.
+
+    In the place of those that are `affine` too stands what they do.
+    """
+    gone = [path for path in removed if path not in affine]
+    norm_of = {_carrier(model, structure, norm): norm for norm in gone}
     layers, norms, settled = [], [], []
-    for path in dict.fromkeys(layer for norm in removed for layer in sorted(structure.sources[norm])):
+    for path in dict.fromkeys(layer for norm in gone for layer in sorted(structure.sources[norm])):
         layer: Any = model.get_submodule(path)
         norm = norm_of.get(path)
         # A bias before a normalizer is without effect; after it comes the normalizer's.
@@ -100,16 +121,19 @@ def make_plan(
         layers.append(
             PlannedLayer(path, norm, bias is not None or exactly, path in structure.ends, standardize, written)
         )
-    for path in removed:
+    for path in gone:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.
         writers = set() if path in structure.direct else structure.overwritten.get(path, set())
         switches = [writer for writer in sorted(writers) if hasattr(model.get_submodule(writer), "inplace")]
         settled += switches
         norms.append(RemovedNorm(path, copied=len(switches) < len(writers)))
+    norms += [RemovedNorm(path, copied=False, affine=True) for path in removed if path in affine]
     return Plan(tuple(layers), tuple(norms), tuple(dict.fromkeys(settled)))
 
 
-def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str]) -> tuple[Change, ...]:
+def list_changes(
+    model: nn.Module, plan: Plan, kept: Mapping[str, str], affine: Mapping[str, str]
+) -> tuple[Change, ...]:
     """List what the plan does to each layer, in the model's order; before it is applied."""
     found: dict[str, tuple[Literal["replaced", "removed", "kept"], str]] = {
         path: ("kept", why) for path, why in kept.items()
@@ -122,6 +146,8 @@ def list_changes(model: nn.Module, plan: Plan, kept: dict[str, str]) -> tuple[Ch
         neutral = (weight is None or bool((weight == 1).all())) and (bias is None or not bool(bias.any()))
         lost = norm.path not in carried and not neutral
         found[norm.path] = ("removed", "its scale and shift are lost: no single layer can carry them" * lost)
+        if norm.affine:
+            found[norm.path] = ("replaced", f"by an affine map per channel, of no batch: {affine[norm.path]}")
     order = [path for path, _ in model.named_modules() if path in found]
     return tuple(Change(path, type(model.get_submodule(path)).__name__, *found[path]) for path in order)
 

@@ -39,6 +39,7 @@ class RemovedNorm:
 
     path: str
     copied: bool  # what follows writes into its input, which others need
+    affine: bool = False  # a `ChannelAffine` does what it did in eval mode
 
 
 @dataclass(frozen=True)

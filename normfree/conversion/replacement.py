@@ -20,6 +20,7 @@ from normfree.nn import (
     ScaledWSConvTranspose3d,
     ScaledWSLinear,
 )
+from normfree.nn.channel_affine import ChannelAffine
 from normfree.nn.padding import SameConv2d
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.surgery import Removed, constructor_arguments, kind_of, replace_modules
@@ -127,12 +128,10 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
 
 
 def is_bounded(layer: nn.Module) -> bool:
-    """Tell whether a weight is a parameter that is only bounded, as by a maximal norm: parametrized by a function that
-    leaves small weights as they are.
-    """
+    """Tell whether a weight is a parameter, but for a bound: a parametrization that leaves small ones alone."""
+    bounds: Any = getattr(layer, "parametrizations", None)
     if not parametrize.is_parametrized(layer, "weight"):
         return False
-    bounds: Any = layer.parametrizations
     if len(bounds) > 1 or not bounds.weight.is_tensor:
         return False
     small = value = bounds.weight.original.detach() * 1e-3
@@ -147,19 +146,44 @@ def _move_bounds(plain: Any, layer: ScaledWS) -> None:
     bounds = plain.parametrizations.weight
     for bound in bounds:
         parametrize.register_parametrization(layer, "weight", bound, unsafe=True)
-    layer.parametrizations.weight.original = bounds.original
+    moved: Any = layer.parametrizations
+    moved.weight.original = bounds.original
 
 
 def remainder(norm: Any, removed: RemovedNorm) -> nn.Module:
-    """Return what is left of a normalizer: its dropout and its activation where it has them, else the identity."""
+    """Return what is left of a normalizer, its dropout and its activation, behind what takes its place."""
     parts = [getattr(norm, "drop", None), getattr(norm, "act", None)]
     rest = [part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)]
+    if removed.affine:
+        rest.insert(0, _affine_for(norm))
+        return (rest[0] if len(rest) == 1 else nn.Sequential(*rest)).train(norm.training)
     weight, statistics = affine_of(norm)[0], getattr(norm, "running_var", None)
     channels = next((t.numel() for t in (statistics, weight) if t is not None), getattr(norm, "num_features", 0))
     kind = next((one for one in _BATCH_NORMS if isinstance(norm, one)), None if statistics is None else nn.BatchNorm2d)
     if removed.copied or not rest:
         rest.insert(0, Removed(channels, kind, copies=removed.copied))
     return (rest[0] if len(rest) == 1 else nn.Sequential(*rest)).train(norm.training)
+
+
+def _affine_for(norm: Any) -> ChannelAffine:
+    """Make the map that a normalizer with running statistics is in eval mode."""
+    weight, bias = affine_of(norm)
+    slopes, shifts = affine_in_eval_mode(norm)
+    layer = ChannelAffine(len(slopes), norm.running_var.device, norm.running_var.dtype)
+    with torch.no_grad():
+        if weight is not None:
+            layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+        if isinstance(norm, nn.modules.batchnorm._NormBase):
+            layer.scale.copy_((norm.running_var.double() + norm.eps).rsqrt())
+            layer.center.copy_(norm.running_mean)
+        else:
+            layer.scale.copy_(torch.where(layer.weight == 0, 1.0, slopes / layer.weight.double()))
+            layer.center.copy_(torch.where(slopes == 0, 0.0, (layer.bias.double() - shifts) / slopes))
+    for mine, its in ((layer.weight, weight), (layer.bias, bias)):
+        mine.requires_grad_(its is not None and its.requires_grad)
+    return layer
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:

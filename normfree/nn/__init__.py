@@ -1,6 +1,7 @@
 """Layers of a normalizer-free network."""
 
 from normfree.nn.blocks import Bias, PostActivationBlock, PreActivationBlock, SkipInit
+from normfree.nn.channel_affine import ChannelAffine
 from normfree.nn.conv import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d
 from normfree.nn.gains import gain, make_activation
 from normfree.nn.gates import EfficientChannelAttention, SqueezeExcite
@@ -14,6 +15,7 @@ from normfree.nn.weight_pass import recompute_weights, shared_weights
 __all__ = [
     "AveragePool2d",
     "Bias",
+    "ChannelAffine",
     "EfficientChannelAttention",
     "MaxPool2d",
     "PostActivationBlock",
