@@ -1,4 +1,4 @@
-"""Costs of `characterize`: time and peak memory beside one plain `no_grad` forward in the same modes.
+"""Costs of `characterize` and `convert`: time and peak memory beside one plain `no_grad` forward in the same modes.
 
     python -m normfree.benchmarks.measurement_cost [--rounds 9] [--depths 50 288] [--batch 8]
 
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from normfree.benchmarks.measure import added_peak
+from normfree.conversion import convert
 from normfree.models import create_model
 from normfree.signal import characterize
 from normfree.trace.preparation import measuring
 
-TIME_LIMIT, MEMORY_LIMIT = 1.6, 1.10
+TIME_LIMIT, MEMORY_LIMIT, CONVERSION_LIMIT = 1.6, 1.10, 5.0
 
 
 def plain(model: nn.Module, x: Tensor) -> None:
@@ -41,15 +42,15 @@ def timed(function: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def time_ratio(depth: int, batch: int, rounds: int) -> dict[str, float]:
-    """Times of `characterize` and of a plain forward, interleaved."""
-    model, x = create_model(f"nf_resnet{depth}"), torch.randn(batch, 3, 224, 224)
+def time_ratio(name: str, measured: Callable[..., Any], batch: int, rounds: int) -> dict[str, float]:
+    """Times of `characterize` or `convert` and of a plain forward, interleaved."""
+    model, x = create_model(name), torch.randn(batch, 3, 224, 224)
     plain(model, x)
-    characterize(model, x)
-    pairs = [(timed(characterize, model, x), timed(plain, model, x)) for _ in range(rounds)]
+    measured(model, x)
+    pairs = [(timed(measured, model, x), timed(plain, model, x)) for _ in range(rounds)]
     ratios = sorted(a / b for a, b in pairs)
     return {
-        "characterize_s": statistics.median(a for a, _ in pairs),
+        f"{measured.__name__}_s": statistics.median(a for a, _ in pairs),
         "forward_s": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(ratios),
         "ratio_min": ratios[0],
@@ -89,7 +90,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {machine}, load {os.getloadavg()[0]:.2f}, batch {options.batch}×3×224×224")
     results = {}
     for depth in options.depths:
-        row = time_ratio(depth, options.batch, options.rounds)
+        row = time_ratio(f"nf_resnet{depth}", characterize, options.batch, options.rounds)
         peaks = {what: statistics.median(peak_bytes(depth, options.batch, what) for _ in range(7))
                  for what in ("plain", "characterize")}  # fmt: skip
         row |= {f"peak_{what}": peak for what, peak in peaks.items()}
@@ -99,8 +100,14 @@ def main() -> None:
         print(f"nf_resnet{depth}: time {row['ratio']:.2f} {time_range} of a forward's {row['forward_s']:.2f} s, "
               f"limit {TIME_LIMIT}; peak memory {row['memory_ratio']:.3f} of a forward's "
               f"{peaks['plain'] / 2**20:.0f} MiB, limit {MEMORY_LIMIT}")  # fmt: skip
+        of = f"bn_resnet{depth}"
+        cost = results[of] = time_ratio(of, convert, options.batch, options.rounds)
+        print(f"convert {of}: {cost['ratio']:.2f} [{cost['ratio_min']:.2f}, {cost['ratio_max']:.2f}] forwards of "
+              f"{cost['forward_s']:.2f} s, limit {CONVERSION_LIMIT}")  # fmt: skip
     print(json.dumps(results))
-    if any(row["ratio"] > TIME_LIMIT or row["memory_ratio"] > MEMORY_LIMIT for row in results.values()):
+    limits = (("characterize_s", "ratio", TIME_LIMIT), ("characterize_s", "memory_ratio", MEMORY_LIMIT),
+              ("convert_s", "ratio", CONVERSION_LIMIT))  # fmt: skip
+    if any(kind in row and row[what] > limit for row in results.values() for kind, what, limit in limits):
         sys.exit("a limit is exceeded")
 
 

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from normfree.cli.arguments import Input, Size, height_and_width, image_function, network_factory
-from normfree.cli.output import Json, announce, check_writable, show_json, working
+from normfree.cli.output import Json, announce, check_writable, show_json
 from normfree.conversion import convert as convert_model
 from normfree.signal import compare
 from normfree.signal.figure import SUFFIXES
@@ -53,8 +53,7 @@ def convert(
     torch.manual_seed(seed)
     network = network_factory(model)()
     images = draw(network)
-    with working(f"converting {model}"):
-        conversion = convert_model(network, images, keep=keep, alpha=alpha, exclude=exclude, depthwise=depthwise)
+    conversion = convert_model(network, images, keep=keep, alpha=alpha, exclude=exclude, depthwise=depthwise)
     written = []
     if out is not None:
         written.append(conversion.save(out))

@@ -14,7 +14,8 @@ from torch import Tensor
 from normfree.conversion.structure import branch_ends
 from normfree.errors import SignalError
 from normfree.nn.scaled_layer import ScaledWS
-from normfree.trace.channels import channel_statistics
+from normfree.trace.channels import channel_moments
+from normfree.trace.progress import telling
 from normfree.trace.tape import Tape
 
 # Gates need few passes; a layer that runs several times may need one for each of those before it that do, too.
@@ -40,7 +41,7 @@ def calibrate(layers: Mapping[str, ScaledWS], shifts: Mapping[str, Tensor], run:
     departure, passes = 0.0, 0
     while True:
         tape = Tape()
-        with _scaling(layers, shifts, target, before) as calls:
+        with telling(f"setting scales, pass {passes + 1}"), _scaling(layers, shifts, target, before) as calls:
             run(tape)
         passes += 1
         wanted: dict[str, list[float]] = defaultdict(list)
@@ -104,29 +105,26 @@ def _scaling(
 
     def rescale(path: str, layer: ScaledWS, _: Any, out: Tensor) -> Tensor:
         old = float(layer.in_scale)
-        variance = float(channel_statistics(out, layer.channel_axis % out.ndim)[1]) / _square(layer)
+        means, variances = channel_moments(out, layer.channel_axis % out.ndim)
+        variance = float(variances.mean()) / _square(layer)
         if not 0 < variance < math.inf:
             what = "is constant" if variance == 0 else "is not finite"
             raise SignalError(f"the output of {path} {what} on these inputs: its variance cannot be set")
-        if layer.bias is not None:
-            out.sub_(_broadcast(layer.bias, layer, out))
+        shift = 0.0 if layer.bias is None else layer.bias.to(means) * layer.out_scale
         of = calls[path]
         of.variances.append(variance / old**2 / target[path])
-        if path in shifts:
-            others = [axis for axis in range(out.ndim) if axis != layer.channel_axis % out.ndim]
-            of.means.append(out.double().mean(others) / (old * layer.out_scale))
-        else:
-            of.means.append(out.new_zeros(()))
+        of.means.append((means - shift) / (old * layer.out_scale) if path in shifts else means.new_zeros(()))
         expected, mean = of.expected(before.get(path))
         new = 1 / math.sqrt(expected)
         of.scales.append(new)
         layer.in_scale.fill_(new)
+        if layer.bias is not None and path in shifts:
+            layer.bias.copy_(shifts[path].to(means) - mean * new)
         out.mul_(new / old)
         if layer.bias is None:
             return out
-        if path in shifts:
-            layer.bias.copy_(shifts[path].double() - mean * new)
-        return out.add_(_broadcast(layer.bias, layer, out))
+        shift = layer.bias.to(means) * layer.out_scale - shift * (new / old)
+        return out.add_(shift.to(out.dtype).view(-1, *[1] * (out.ndim - 1 - layer.channel_axis % out.ndim)))
 
     handles = [layer.register_forward_hook(functools.partial(rescale, path)) for path, layer in layers.items()]
     try:
@@ -134,9 +132,3 @@ def _scaling(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _broadcast(bias: Tensor, layer: ScaledWS, out: Tensor) -> Tensor:
-    """Shape a bias, times `out_scale`, so that it broadcasts along the output's channels."""
-    behind = out.ndim - 1 - layer.channel_axis % out.ndim
-    return (bias * layer.out_scale.to(bias.dtype)).to(out.dtype).view(-1, *[1] * behind)

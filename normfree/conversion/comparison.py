@@ -13,6 +13,7 @@ from normfree.conversion.plan import Plan
 from normfree.errors import SignalError
 from normfree.trace.inputs import map_tensors
 from normfree.trace.preparation import isolated_rng
+from normfree.trace.progress import telling
 from normfree.trace.tape import Tape
 from normfree.trace.watched import run_watched
 
@@ -49,7 +50,7 @@ def observe(model: nn.Module, call: Call, plan: Plan, *, rounded: bool = False) 
             values = output.detach().flatten()
             seen.append((path, node, values[:: max(1, values.numel() // _SAMPLE)].clone()))
 
-    with isolated_rng():
+    with isolated_rng(), telling("comparing outputs"):
         torch.manual_seed(0)
         arguments = map_tensors(_rounded, call) if rounded else call
         outputs = run_watched(model, tape, *arguments, batch_stats=False, on_module=note)

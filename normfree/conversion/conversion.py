@@ -22,9 +22,11 @@ from normfree.conversion.structure import norm_paths, read_structure
 from normfree.errors import SignalError
 from normfree.nn.surgery import copied
 from normfree.signal import SignalReport, characterize
+from normfree.signal.measurement import characterize_on_tape
 from normfree.trace.inputs import as_call, examples
 from normfree.trace.joins import find_joins
 from normfree.trace.preparation import closed_multipliers, closed_parameters, is_quantized, opened_branches
+from normfree.trace.progress import telling
 from normfree.trace.tape import Tape
 from normfree.trace.watched import exclusively, refuse_unrunnable, run_watched
 
@@ -141,18 +143,17 @@ def convert(
     _check(model, keep, alpha, norms, exclude, depthwise)
     paths = _selected(model, norms, exclude)
     images = examples(images, model, _ENOUGH) if isinstance(images, DataLoader) else images
-    refuse_unrunnable(model)
     model = model if inplace else copied(model)
-    before = characterize(model, images)
-    call, tape = as_call(images, model), Tape()
-    run_watched(model, tape, *call)
-    exactly = keep == "function"
-    plan, changes = _decide(model, tape, paths, exclude, exactly=exactly, scale_depthwise=depthwise == "scale")
-    original = observe(model, call, plan) if exactly else None
-    departure = _apply_and_calibrate(plan, model, tape, call, exactly, 0.2 if alpha is None else alpha)
-    with _all_running(model, plan):
-        after = characterize(model, images)
-    difference = None if original is None else refuse_difference(original, model, call, plan)
+    with telling(f"converting {type(model).__name__}"):
+        before, tape = characterize_on_tape(model, images)
+        call = as_call(images, model)
+        exactly = keep == "function"
+        plan, changes = _decide(model, tape, paths, exclude, exactly=exactly, scale_depthwise=depthwise == "scale")
+        original = observe(model, call, plan) if exactly else None
+        departure = _apply_and_calibrate(plan, model, tape, call, exactly, 0.2 if alpha is None else alpha)
+        with _all_running(model, plan):
+            after = characterize(model, images)
+        difference = None if original is None else refuse_difference(original, model, call, plan)
     return Conversion(model, changes, before, after, departure, plan, difference)
 
 
@@ -203,6 +204,7 @@ def _check(
         raise ValueError(f"alpha is {alpha}; it must be positive")
     if alpha is not None and keep == "function":
         raise ValueError(f"alpha is {alpha}; where the function is kept, branches are not scaled")
+    refuse_unrunnable(model)
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:

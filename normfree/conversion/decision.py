@@ -3,7 +3,7 @@
 import copy
 import fnmatch
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -83,7 +83,9 @@ def _reason_to_need_it(model: nn.Module, structure: Structure, path: str, exclud
         reason = (
             "excluded"
             if is_excluded(source, exclude)
-            else layer_refusal(model.get_submodule(source), source in structure.padded)
+            else layer_refusal(
+                model.get_submodule(source), source in structure.padded, _inside(structure.sources, source)
+            )
         )
         if reason:
             return f"normalizes the output of {source or 'the model'}: {reason}"
@@ -162,8 +164,16 @@ def _carrier(model: nn.Module, structure: Structure, norm: str) -> str | None:
     return layer if weight.shape == (out_channels(model.get_submodule(layer)),) else None
 
 
-def layer_refusal(module: nn.Module, padded: bool = False) -> str:
-    """Say why a weight layer cannot be replaced; "" if it can. `padded` is what `Structure.padded` says."""
+def _inside(paths: Iterable[str], module: str) -> set[str]:
+    """Return those of the paths that lie in a module, relative to it."""
+    return {path.removeprefix(f"{module}.") for path in paths if path.startswith(f"{module}.")}
+
+
+def layer_refusal(module: nn.Module, padded: bool = False, norms: Collection[str] = ()) -> str:
+    """Say why a weight layer cannot be replaced; "" if it can.
+
+    `padded` is what `Structure.padded` says; `norms` are the paths of the normalizers that it holds, as detectron2's.
+    """
     if isinstance(module, ScaledWS):
         return "it is scaled and weight-standardized already"
     if is_quantized(module):
@@ -185,6 +195,7 @@ def layer_refusal(module: nn.Module, padded: bool = False) -> str:
     own = {name for name, _ in held} | (set() if padded else module._modules.keys())
     if bounded:
         own -= {name for name in own if name.startswith("parametrizations")}
+    own = {name for name in own if name not in norms and name.rpartition(".")[0] not in norms}
     if own := own - {"weight", "bias"}:
         return f"it holds {', '.join(sorted(own))} besides weight and bias"
     if padded or not computes_its_own(module):

@@ -9,6 +9,7 @@ from torch import nn
 from normfree.folding import fold, has_scaled_layers
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.surgery import Removed, replace_modules
+from normfree.trace.inputs import tensors
 
 # ultralytics, timm, RepVGG and its followers, torchvision's quantizable networks.
 _NAMES = (
@@ -20,7 +21,8 @@ _NAMES = (
 class _Exact:
     """A method that merges layers, which finds weights and normalizers that compute what the network does.
 
-    Copies and pickles with its module.
+    One that is given tensors fuses features, as in a forward pass, and is left alone. Copies and pickles with its
+    module.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -28,10 +30,13 @@ class _Exact:
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(type(self.module), self.name)
+        if tensors((args, kwargs)):
+            return method(self.module, *args, **kwargs)
         if has_scaled_layers(self.module):
             fold(self.module, inplace=True)
         with _with_norms(self.module):
-            return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+            return method(self.module, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -107,11 +107,17 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
         arguments = constructor_arguments(plain)
     if pads_same(plain):
         arguments["padding"] = "same"
-    with torch.random.fork_rng(devices=[]):
-        layer: ScaledWS = _SCALED[kind](
-            **arguments, bias=planned.bias, device=weight.device, dtype=weight.dtype,
-            skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
-        )  # fmt: skip
+    # On the meta device no weight is drawn that is not used.
+    layer: ScaledWS = _SCALED[kind](
+        **arguments, bias=planned.bias, device="meta", dtype=weight.dtype,
+        skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
+    )  # fmt: skip
+    for name, parameter in list(layer.named_parameters()):
+        if name != "weight":
+            fill = weight.new_zeros if name == "bias" else weight.new_ones
+            setattr(layer, name, nn.Parameter(fill(parameter.shape)))
+    for name, buffer in list(layer.named_buffers()):
+        setattr(layer, name, buffer.to(weight.device))
     if is_bounded(plain):
         _move_bounds(plain, layer)
     else:
@@ -176,8 +182,11 @@ def _affine_for(norm: Any) -> ChannelAffine:
         if bias is not None:
             layer.bias.copy_(bias)
         if isinstance(norm, nn.modules.batchnorm._NormBase):
-            layer.scale.copy_((norm.running_var.double() + norm.eps).rsqrt())
-            layer.center.copy_(norm.running_mean)
+            mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
+            assert mean is not None
+            assert variance is not None
+            layer.scale.copy_((variance.double() + norm.eps).rsqrt())
+            layer.center.copy_(mean)
         else:
             layer.scale.copy_(torch.where(layer.weight == 0, 1.0, slopes / layer.weight.double()))
             layer.center.copy_(torch.where(slopes == 0, 0.0, (layer.bias.double() - shifts) / slopes))

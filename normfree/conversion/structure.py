@@ -1,7 +1,7 @@
 """Structure of a network: its normalizers and their weight layers, read from a run's tape, for any topology."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -33,7 +33,7 @@ class Structure:
     shared: dict[str, str] = field(default_factory=dict)
     """The same where something else takes it too, or keeps it: another layer, or who called the network."""
     padded: set[str] = field(default_factory=set)
-    """Modules that do what a convolution or a linear layer does with their weight, and pad or crop at most."""
+    """Modules that do what a convolution or a linear layer does with their weight, and pad, crop or normalize."""
     used: set[str] = field(default_factory=set)
     """Modules whose own parameters were used, whether they were called or not."""
     ends: set[str] = field(default_factory=set)
@@ -74,7 +74,7 @@ def read_structure(tape: Tape, norms: set[str]) -> Structure:
         norm = _owner(node.module, norms)
         if norm is not None:
             found.overwritten[norm] |= {writer.module for writer in _writers(node.index, children)}
-    found.padded = {path for path, layers in calls.items() if path and _pads_at_most(nodes, path, layers)}
+    found.padded = _padding_modules([node for node in nodes if _owner(node.module, norms) is None], calls)
     found.used = {name.rpartition(".")[0] for name in tape.parameters}
     found.ends = {path for _, paths in branch_ends(tape).values() for path in paths}
     return found
@@ -164,12 +164,18 @@ def _as_it_is(nodes: Sequence[Node], index: int) -> int | None:
     return node.index
 
 
-def _pads_at_most(nodes: Sequence[Node], path: str, layers: set[int]) -> bool:
-    """Tell whether a module is a plain use of its weight, before and after which it pads or crops."""
-    inside = (node for node in nodes if node.module == path or node.module.startswith(f"{path}."))
-    return all(nodes[layer].plain for layer in layers) and all(
-        node.index in layers or node.op in VIEWS - {"roll"} or node.op in _CROPS or "_pad" in node.op for node in inside
-    )
+def _padding_modules(nodes: Iterable[Node], calls: Mapping[str, set[int]]) -> set[str]:
+    """Find the modules that are a plain use of their weight, before and after which they pad or crop."""
+    others = {""}
+    for node in nodes:
+        path = _owner(node.module, calls.keys())
+        if path is not None and not (
+            node.plain
+            if node.index in calls[path]
+            else node.op in VIEWS - {"roll"} or node.op in _CROPS or "_pad" in node.op
+        ):
+            others.add(path)
+    return calls.keys() - others
 
 
 def _on_channels(nodes: Sequence[Node], norm: str, taken: set[int]) -> bool:
@@ -201,7 +207,7 @@ def _writers(index: int, children: dict[int, list[Node]]) -> Iterator[Node]:
             yield from _writers(child.index, children)
 
 
-def _owner(module: str, paths: set[str]) -> str | None:
+def _owner(module: str, paths: Set[str]) -> str | None:
     """The path among `paths` that a module is, or is in."""
     while module:
         if module in paths:

@@ -2,7 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "padding": ("same", "symmetric"), "global_pool": ("avg", "max", "avgmax", ""), "output_stride": (32, 16, 8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +20,7 @@ class NetworkConfig:
     stochastic_depth_rate: float = 0.1  # of the last block, growing linearly from 0
     num_classes: int = 1000  # 0: pooled features
     in_channels: int = 3
+    global_pool: Literal["avg", "max", "avgmax", ""] = "avg"  # before the classifier; "avgmax": the mean of both
     padding: Literal["same", "symmetric"] = "same"  # "same" is the authors' (TensorFlow's); "symmetric" is PyTorch's
     train_size: int = 224  # pixels
     test_size: int = 256
@@ -40,9 +45,16 @@ class NetworkConfig:
             value = getattr(self, name, 0)
             if not value >= 0:
                 raise ValueError(f"{name} is {value}; it must not be negative")
-        if self.padding not in ("same", "symmetric"):
-            raise ValueError(f"padding is {self.padding!r}; it must be 'same' or 'symmetric'")
+        self._check_choices()
 
-    def conv_padding(self, kernel_size: int) -> int | str:
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name, choices[0])
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        if self.global_pool == "" and self.num_classes:
+            raise ValueError(f"global_pool is ''; without pooling num_classes must be 0, not {self.num_classes}")
+
+    def conv_padding(self, kernel_size: int, dilation: int = 1) -> int | str:
         """The padding of a convolution under `padding`."""
-        return "same" if self.padding == "same" else kernel_size // 2
+        return "same" if self.padding == "same" else dilation * (kernel_size // 2)

@@ -22,7 +22,8 @@ from normfree.nn.weight_pass import WeightPass
 class Head(Scales):
     """(N, C, H, W) to (N, num_classes): global average, times γ of the last activation, dropout, [bias,] linear.
 
-    `pool` False leaves out the average, for a network without a classifier: (N, C, H, W) to the same.
+    `global_pool` is that of `NetworkConfig`; "" leaves out the pooling, for a network without a classifier:
+    (N, C, H, W) to the same.
     """
 
     in_scale: Tensor
@@ -41,7 +42,7 @@ class Head(Scales):
         super().__init__()
         self.channels = channels
         self.init_std = init_std
-        self.pool = True
+        self.global_pool = "avg"
         self.drop = nn.Dropout(drop_rate)
         self.bias = bias
         self._register_scales(torch.empty(0), in_scale=in_scale)
@@ -58,7 +59,12 @@ class Head(Scales):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Compute logits (N, num_classes), or with `pre_logits` the pooled features (N, C)."""
-        x = (x.mean((2, 3)) if self.pool else x) * self.in_scale.to(x.dtype)
+        if self.global_pool == "avg":
+            x = x.mean((2, 3))
+        elif self.global_pool:
+            greatest = x.amax((2, 3))
+            x = greatest if self.global_pool == "max" else 0.5 * (greatest + x.mean((2, 3)))
+        x = x * self.in_scale.to(x.dtype)
         if pre_logits:
             return x
         x = self.drop(x)
@@ -108,13 +114,19 @@ class ResidualNetwork(
         )
         self.final = final
         self.head = head
+        head.global_pool = config.global_pool
         self.num_classes = config.num_classes
         self.num_features = self.head_hidden_size = head.channels
         self.grad_checkpointing = False
         self.stem_tap = stem_tap
         self.feature_info = [{"num_chs": stem_tap_channels, "reduction": 2, "module": f"stem.{stem_tap - 1}"}]
         self.feature_info += [
-            {"num_chs": channels[stage], "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage in channels
+            {
+                "num_chs": channels[stage],
+                "reduction": min(4 * 2**stage, getattr(config, "output_stride", 32)),
+                "module": f"stages.{stage}",
+            }
+            for stage in channels
         ]
         self.default_cfg = self.pretrained_cfg = default_cfg(config)
         self._weight_pass = WeightPass()
@@ -214,19 +226,18 @@ class ResidualNetwork(
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for `num_classes` (0: none). `global_pool` is "avg", or "" for features that are not pooled.
+        """A new classifier for `num_classes` (0: none), behind this pooling; None: as it is, and some for a classifier.
 
-        Raises ValueError for another pooling, and for a classifier without pooling.
+        Raises ValueError for a pooling that `NetworkConfig` does not have, and for a classifier without pooling.
         """
-        if global_pool not in (None, "avg", ""):
-            raise ValueError(f"global_pool is {global_pool!r}; it must be 'avg' or ''")
-        if global_pool == "" and num_classes:
-            raise ValueError(f"global_pool is ''; without pooling num_classes must be 0, not {num_classes}")
-        if global_pool is not None or num_classes:
-            self.head.pool = global_pool != ""
+        if global_pool is None:
+            global_pool = self.head.global_pool or ("avg" if num_classes else "")
+        changed: dict[str, Any] = {"num_classes": num_classes, "global_pool": global_pool}
+        config = dataclasses.replace(self.config, **changed)
+        self.head.global_pool = global_pool
         self.head.reset_classifier(num_classes, next(self.parameters()))
         self.num_classes = num_classes
-        self.config = self._hub_mixin_config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.config = self._hub_mixin_config = config
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for timm's layer-wise rates: the stem, each block (or stage if `coarse`), the head."""

@@ -30,6 +30,7 @@ class NFConfig(NetworkConfig):
     standardize: bool = True  # False is the ablation: He initialisation and γ = 1, α and β kept
     gamma: bool = True  # False is the ablation: γ = 1
     beta: bool = True  # False is the ablation: blocks do not divide by the expected deviation
+    output_stride: int = 32  # of the last stage; 16 and 8 dilate convolutions instead of striding
     filter_gains: bool = True  # False is the ablation: the gain of every filter stays 1
 
 
@@ -53,8 +54,9 @@ class NFBlocks:
         """A scaled weight-standardized convolution under the network's padding."""
         config = self.config
         conv = ScaledWSConv2d(
-            in_channels, out_channels, kernel_size, padding=config.conv_padding(kernel_size),
-            standardize=config.standardize, **arguments,
+            in_channels, out_channels, kernel_size,
+            padding=config.conv_padding(kernel_size, arguments.get("dilation", 1)), standardize=config.standardize,
+            **arguments,
         )  # fmt: skip
         conv.gain.requires_grad_(config.filter_gains)
         return conv
@@ -84,18 +86,21 @@ class NFBlocks:
             branch_end = {}
         elif config.se_ratio:
             inner_gate = SqueezeExcite.of_ratio(width, config.se_ratio, gate_scale=2.0)
-        strides = [plan.stride] + [1] * (middle - 1)
+        steps = [(plan.stride, plan.first_dilation)] + [(1, plan.dilation)] * (middle - 1)
         conv = [
             self.conv(plan.in_channels, width, 1, in_scale=in_scale),
-            *(self.conv(width, width, 3, stride=stride, groups=groups, in_scale=gamma) for stride in strides),
+            *(
+                self.conv(width, width, 3, stride=stride, dilation=dilation, groups=groups, in_scale=gamma)
+                for stride, dilation in steps
+            ),
             self.conv(width, plan.out_channels, 1, in_scale=gamma, **branch_end),
         ]
         shortcut: nn.Module | None = None
         if plan.projects:
-            pool = pooled_shortcut and plan.stride > 1
+            pool = pooled_shortcut and (plan.stride > 1 or plan.dilation > 1)
             stride = 1 if pool else plan.stride
             shortcut = self.conv(plan.in_channels, plan.out_channels, 1, stride=stride, in_scale=in_scale)
-            shortcut = nn.Sequential(AveragePool2d(), shortcut) if pool else shortcut
+            shortcut = nn.Sequential(AveragePool2d(plan.stride), shortcut) if pool else shortcut
         return PreActivationBlock(
             pre=[self.activation(inplace=index > 0) for index, _ in enumerate(conv)],
             conv=conv,

@@ -28,7 +28,8 @@ class NFResNet(ResidualNetwork):
 
     def __init__(self, config: NFResNetConfig) -> None:
         nf = NFBlocks(config)
-        plans = plan_resnet(config.depths, config.width, config.stochastic_depth_rate)
+        rate = config.stochastic_depth_rate
+        plans = plan_resnet(config.depths, config.width, rate, config.output_stride)
         super().__init__(
             config,
             [nf.conv(config.in_channels, plans[0].in_channels, 7, stride=2), MaxPool2d(config.padding)],

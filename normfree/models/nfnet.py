@@ -59,7 +59,8 @@ class NFNet(ResidualNetwork):
             in_scale = nf.gamma if index else 1.0
             stem += [nf.conv(stem_channels[index], stem_channels[index + 1], 3, stride=stride, in_scale=in_scale)]
         widths = [int(width * config.width) for width in config.widths]
-        plans = plan_blocks(stem_channels[-1], widths, config.depths, (1, 2, 2, 2), config.stochastic_depth_rate)
+        rate, strides = config.stochastic_depth_rate, (1, 2, 2, 2)
+        plans = plan_blocks(stem_channels[-1], widths, config.depths, strides, rate, config.output_stride)
 
         def block(plan: BlockPlan) -> PreActivationBlock:
             groups = int(plan.out_channels * config.expansion) // config.group_size

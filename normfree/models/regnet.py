@@ -53,7 +53,8 @@ class NFRegNet(ResidualNetwork):
     def __init__(self, config: NFRegNetConfig) -> None:
         nf = NFBlocks(config)
         widths = [int(width * config.width) for width in config.widths]
-        plans = plan_blocks(widths[0], widths, config.depths, [2] * len(widths), config.stochastic_depth_rate)
+        rate, strides = config.stochastic_depth_rate, [2] * len(widths)
+        plans = plan_blocks(widths[0], widths, config.depths, strides, rate, config.output_stride)
 
         def block(plan: BlockPlan) -> PreActivationBlock:
             expansion = 1 if plan is plans[0] else config.expansion

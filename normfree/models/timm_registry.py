@@ -9,7 +9,7 @@ from normfree.models.network import default_cfg
 from normfree.models.registry import create_model, list_models, model_config
 
 PREFIX = "normfree_"
-_OUR_NAMES = {"in_chans": "in_channels", "drop_path_rate": "stochastic_depth_rate"}
+_OUR_NAMES = {"in_chans": "in_channels", "drop_path_rate": "stochastic_depth_rate", "act_layer": "activation"}
 
 default_cfgs: dict[str, Any] = {}  # where timm's `register_model` looks for them
 
@@ -29,11 +29,12 @@ def register_with_timm() -> None:
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    def build(*, global_pool: str | None = None, **arguments: Any) -> nn.Module:
-        model = create_model(name, **{_OUR_NAMES.get(key, key): value for key, value in arguments.items()})
-        if global_pool is not None:
-            model.reset_classifier(model.num_classes, global_pool)
-        return model
+    def build(**arguments: Any) -> nn.Module:
+        ours = {_OUR_NAMES.get(key, key): value for key, value in arguments.items() if value is not None}
+        activation = ours.get("activation")
+        if isinstance(activation, type):  # timm takes classes too
+            ours["activation"] = activation.__name__
+        return create_model(name, **ours)
 
     def entrypoint(pretrained: bool = False, **arguments: Any) -> nn.Module:
         from timm.models import build_model_with_cfg

@@ -10,13 +10,19 @@ from normfree.nn.symbolic import call_symbolically, is_symbolic
 
 
 class AveragePool2d(nn.Module):
-    """Average pooling, 2×2 with stride 2; at odd sizes the last windows average what is there (SAME).
+    """Average pooling, 2×2 with stride 2, or 1; the last windows average what is there (SAME).
 
-    (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉).
+    (N, C, H, W) to (N, C, ⌈H/stride⌉, ⌈W/stride⌉).
     """
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool x."""
+        if self.stride == 1:
+            return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), "replicate"), 2, 1)
         if is_scripting():
             return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
         else:

@@ -150,11 +150,13 @@ class ScaledWS(Scales):
     def keep_forward_of(self, plain: nn.Module) -> None:
         """Compute by W_eff and b_eff as the class of this layer does, which pads or crops around what torch's does.
 
-        It is kept without the values of its parameters, and without hooks; it is no child of this module.
+        It is kept without the values of its parameters, and without hooks; it is no child of this module, which has its
+        children.
         """
         written = copy.copy(plain)
         hooks = {name: OrderedDict[int, Any]() for name in vars(plain) if name.endswith(("_hooks", "_with_kwargs"))}
-        vars(written).update(_parameters={}, _buffers={}, _modules=dict(plain._modules), **hooks)
+        vars(written).update(_parameters={}, _buffers={}, _modules=plain._modules, **hooks)
+        vars(self)["_modules"] = plain._modules
         for name in ("weight", "bias"):
             values = getattr(self, name)
             stand_in = None if values is None else nn.Parameter(torch.empty_like(values, device="meta"), False)

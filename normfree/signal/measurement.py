@@ -21,6 +21,7 @@ from normfree.trace.preparation import (
     opened_branches,
     standardizes_weights,
 )
+from normfree.trace.progress import telling
 from normfree.trace.tape import Tape
 from normfree.trace.watched import exclusively, refuse_unrunnable, run_watched
 
@@ -80,9 +81,20 @@ def characterize(
             net = _made(model)
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
-            reports.append(measurement.report(open_branches))
+            with telling(f"measuring {type(net).__name__}"):
+                reports.append(measurement.report(open_branches))
     merged = SignalReport.merge(reports)
     return dataclasses.replace(merged, model=name or _name_of(model))
+
+
+def characterize_on_tape(model: nn.Module, inputs: Any) -> tuple[SignalReport, Tape]:
+    """Return what `characterize` does, and the tape that it was read from."""
+    with isolated_rng(), torch.inference_mode(False):
+        torch.manual_seed(0)
+        measurement = _Measurement(_made(model), *as_call(inputs, model), batch_stats=True, backward=False)
+        with telling(f"measuring {type(model).__name__}"):
+            report = measurement.report(open_branches=True)
+    return dataclasses.replace(report, model=_name_of(model)), measurement.tape
 
 
 def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -106,6 +118,7 @@ class _Measurement:
         self.kwargs = kwargs
         self.batch_stats = batch_stats
         self.backward = backward
+        self.tape = Tape()  # of the last run
 
     def report(self, open_branches: bool) -> SignalReport:
         closed = closed_parameters(self.model)
@@ -142,7 +155,7 @@ class _Measurement:
         )
 
     def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":
-        tape = Tape()
+        tape = self.tape = Tape()
         reader = Reader(self.model, tape)
         with opened_branches(self.model, names):
             run_watched(

@@ -22,6 +22,12 @@ def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
 
     No temporary of x's size is made, except for half precision, which is reduced in float32.
     """
+    mean, variance = channel_moments(x, channel_axis)
+    return torch.stack([mean.square().mean(), variance.mean()])
+
+
+def channel_moments(x: Tensor, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
+    """Compute mean and biased variance of each channel, two float64 tensors of (C,), as `channel_statistics` does."""
     axis = default_channel_axis(x.ndim) if channel_axis is None else channel_axis
     x = x.detach()
     if x.dtype not in (torch.float32, torch.float64):
@@ -36,6 +42,4 @@ def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
         mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
         variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-    if x.device.type != "mps":
-        mean, variance = mean.double(), variance.double()
-    return torch.stack([mean.square().mean(), variance.mean()])
+    return (mean, variance) if x.device.type == "mps" else (mean.double(), variance.double())

@@ -31,6 +31,7 @@ from normfree.trace.operations import (
     tensors_in,
     written_by,
 )
+from normfree.trace.progress import reached
 from normfree.trace.tape import Node, Operand, Tape
 from normfree.trace.weights import Weights
 
@@ -108,6 +109,7 @@ class _Recorder(_torch.TorchDispatchMode):
         if name is not None:
             self.stack.append(name)
             self.tape.last_module = name
+            reached(name)
 
     def leave_module(self, module: nn.Module, _: Any, output: Any) -> None:
         name = self.names.get(id(module))

@@ -156,3 +156,28 @@ def test_merging_by_somebody_s_function_is_told_to_fold():
     with pytest.raises(AttributeError, match=r"this normalizer was removed and has no running_var: `normfree\.fold`"):
         _ = free.model[0].bn.running_var
     assert not hasattr(free.model[0].bn, "eps")
+
+
+class FusesFeatures(nn.Module):
+    """A method of the same name that its forward calls: the features of two branches are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)) for _ in range(2))
+
+    def fuse(self, features):
+        """Add."""
+        return torch.stack(features).sum(0)
+
+    def forward(self, x):
+        """Run both branches."""
+        return self.fuse([self.one(x), self.other(x)])
+
+
+def test_a_method_that_fuses_features_is_left_alone():
+    images = torch.randn(4, 3, 12, 12)
+    free = normfree.convert(FusesFeatures(), images).model.train()
+    free(images).square().sum().backward()
+    assert free.training
+    assert {type(part[0]).__name__ for part in (free.one, free.other)} == {"ScaledWSConv2d"}
+    assert all(p.grad is not None for p in free.parameters())

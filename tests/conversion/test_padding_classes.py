@@ -158,3 +158,53 @@ def test_its_function_is_kept(make, x):
 def test_what_computes_more_keeps_its_normalizer(make, x):
     with pytest.raises(ValueError, match=r"computes something of its own|is no layer of torch"):
         convert(make(), x)
+
+
+class HoldsItsNorm(nn.Conv2d):
+    """As detectron2's: it normalizes, and may activate, what it has convolved."""
+
+    def __init__(self, inputs, outputs, norm, activation=None):
+        super().__init__(inputs, outputs, 3, bias=False)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        x = self.norm(F.conv2d(x, self.weight, self.bias))
+        return x if self.activation is None else self.activation(x)
+
+
+def holding(activation=None):
+    torch.manual_seed(0)
+    first = HoldsItsNorm(4, 8, nn.BatchNorm2d(8), activation)
+    model = nn.Sequential(first, nn.ReLU(), HoldsItsNorm(8, 8, nn.BatchNorm2d(8)), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    for _ in range(5):
+        model(IMAGES)
+    return model.eval()
+
+
+@pytest.mark.parametrize("keep", ["weights", "function"])
+def test_a_convolution_that_holds_its_normalizer_is_converted(keep, tmp_path):
+    model = holding()
+    conversion = convert(model, IMAGES, keep=keep)
+    free = conversion.model
+    assert not conversion.kept
+    assert all(isinstance(free[index], ScaledWS) for index in (0, 2))
+    assert not any("norm" in name for name in free.state_dict())
+    expected = free(IMAGES).detach()
+    if keep == "function":
+        assert_allclose(expected, model(IMAGES).detach(), atol=1e-5)
+    again = load_converted(holding(), conversion.save(tmp_path / "c.safetensors")).eval()
+    for name, other in {"copied": copy.deepcopy(free), "folded": normfree.fold(free), "loaded": again}.items():
+        assert_allclose(other(IMAGES), expected, atol=1e-5, what=name)
+    free.train()(IMAGES[:1]).square().sum().backward()
+    assert all(p.grad is not None for p in free.parameters())
+
+
+def test_one_that_activates_too_keeps_it_or_an_affine_map():
+    (kept,) = convert(holding(torch.relu), IMAGES).kept
+    assert (kept.path, kept.note) == (
+        "0.norm", "normalizes the output of 0: a HoldsItsNorm computes something of its own"
+    )  # fmt: skip
+    model = holding(torch.relu)
+    conversion = convert(model, IMAGES, keep="function")
+    assert not conversion.kept
+    assert_allclose(conversion.model(IMAGES), model(IMAGES), atol=1e-5)

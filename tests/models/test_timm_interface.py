@@ -9,7 +9,7 @@ import torch
 from timm.models.nfnet import model_cfgs
 from torch import nn
 
-from normfree import create_model, list_models, register_with_timm
+from normfree import create_model, from_pretrained, from_timm, list_models, register_with_timm
 from tests.helpers import assert_close, assert_equal, shaken
 
 FAMILIES = {
@@ -78,7 +78,7 @@ def test_a_new_classifier_has_its_classes_and_none_gives_what_is_pooled(name):
     assert model(x).shape == (2, 5)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [((3, "max"), "global_pool is 'max'"), ((3, ""), "must be 0")])
+@pytest.mark.parametrize(("arguments", "words"), [((3, "sum"), "global_pool is 'sum'"), ((3, ""), "must be 0")])
 def test_a_classifier_that_cannot_be_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         create_model("nf_resnet26", width=0.25).reset_classifier(*arguments)
@@ -127,6 +127,44 @@ def test_timm_s_arguments_reach_the_network():
     assert model.config.stochastic_depth_rate == 0.2
     with pytest.raises(ValueError, match="no argument 'widht'"):
         timm.create_model("normfree_nf_resnet26", widht=1)
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "nf_regnet_b0", "nfnet_f0"])
+@pytest.mark.parametrize("stride", [8, 16])
+def test_an_output_stride_dilates_as_in_timm(name, stride):
+    ours = timm.create_model(f"normfree_{name}", output_stride=stride, num_classes=10)
+    theirs = from_timm(timm.create_model(name.replace("nfnet_f0", "dm_nfnet_f0"), output_stride=stride, num_classes=10))
+    geometry = [
+        [
+            (m.kernel_size, m.stride, m.dilation)
+            for m in net.modules()
+            if isinstance(m, torch.nn.Conv2d) and m.kernel_size != (1, 1)  # of ResNets timm pools the shortcut
+        ]
+        for net in (ours, theirs)
+    ]
+    assert geometry[0] == geometry[1]
+    features = timm.create_model(f"normfree_{name}", output_stride=stride, features_only=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert [64 // f.shape[-1] for f in features(x)] == features.feature_info.reduction()
+    assert features.feature_info.reduction()[-1] == stride
+    with pytest.raises(ValueError, match="output_stride is 4; it must be one of 32, 16, 8"):
+        create_model(name, output_stride=4)
+
+
+@pytest.mark.parametrize(("pool", "pooled"), [("max", 1.0), ("avgmax", 0.5), ("avg", 0.0)])
+def test_a_pooling_is_kept_with_the_network(pool, pooled, tmp_path):
+    model = timm.create_model(
+        "normfree_nf_resnet26", width=0.25, num_classes=3, global_pool=pool, act_layer=torch.nn.SiLU
+    )
+    x = torch.randn(2, 3, 64, 64)
+    features = model.forward_features(x).detach()
+    expected = pooled * features.amax((2, 3)) + (1 - pooled) * features.mean((2, 3))
+    assert_close(model.forward_head(features, pre_logits=True), expected * model.head.in_scale, 1e-6)
+    assert isinstance(model.final, torch.nn.SiLU)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_close(again(x), model.eval()(x), 1e-6)
 
 
 @pytest.mark.parametrize(
