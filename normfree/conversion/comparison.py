@@ -20,6 +20,8 @@ from normfree.trace.watched import run_watched
 # Differences, over the largest value, that rounding makes in the deepest networks.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF = 0.05
+# Values below have few bits, or become 0, as where the signal of a new network vanishes.
+_FLOORS = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in _ROUNDING}
 _SAMPLE = 4096
 _OUTPUT = "output"
 _EQUAL = (0.0, 0.0)
@@ -125,12 +127,13 @@ def _difference(a: Tensor, b: Tensor) -> float:
         return math.inf
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
+    floor = _FLOORS.get(a.dtype, 0.0)
     a, b = a.detach().double(), b.detach().double()
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):
         return math.inf
     a, b = a[finite], b[finite]
-    size = float(torch.stack([a, b]).abs().max()) if a.numel() else 0.0
+    size = max(floor, float(torch.stack([a, b]).abs().max())) if a.numel() else 0.0
     return float((a - b).abs().max()) / size if size else 0.0
 
 

@@ -51,7 +51,7 @@ _YOLO = (
     "yolo11n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolov8n", "yolov8n-seg", "yolov9t", "yolov10n", "yolo12n",
     "yolov5n", "yolov6n", "yolov3-tiny",
 )  # fmt: skip
-_EFFDET = ("tf_efficientdet_lite0", "efficientdet_d0")
+_EFFDET = ("tf_efficientdet_lite0",)
 _BRAINDECODE = ("EEGNet", "ShallowFBCSPNet", "Deep4Net", "EEGInceptionERP", "EEGSimpleConv", "TIDNet", "ATCNet")
 _MONAI: dict[str, dict[str, Any]] = {
     "UNet": {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "channels": (4, 8, 16), "strides": (2, 2),
@@ -93,9 +93,7 @@ EXPLAINED: dict[str, str] = {
     ),
     **dict.fromkeys(("timm:botnet26t_256", "timm:halonet26t"), _POSITIONS),
     **dict.fromkeys((f"torchvision:{name}" for name in _DETECTORS), _BOXES),
-    "transformers:MobileViT": (
-        "The signal of the new network vanishes: its outputs are about 1e-39, which float32 holds to a few bits."
-    ),
+    "torchvision:maskrcnn_resnet50_fpn_v2": "A new one finds no box, and BatchNorm refuses an empty batch.",
     "torchvision:googlenet": _NOT_IN_EVAL_MODE,
     "torchvision:inception_v3": _NOT_IN_EVAL_MODE,
     "smp:Unet/efficientnet-b0": _NOT_USED,
@@ -194,7 +192,7 @@ def _effdet(name: str) -> Network:
         model: nn.Module = _attribute("effdet", "create_model")(name, pretrained=False, pretrained_backbone=False)
         return model
 
-    return Network(f"effdet:{name}", "effdet", "effdet", build, _noise(3, 512, 512))
+    return Network(f"effdet:{name}", "effdet", "effdet", build, _noise(3, 320, 320))
 
 
 def _braindecode(name: str) -> Network:

@@ -321,3 +321,13 @@ def test_randomness_and_rounding_are_no_difference(network):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not convert(copy.deepcopy(model), IMAGES, keep="function").kept
+
+
+def test_outputs_that_vanish_below_normal_numbers_are_equal_within_what_is_left_of_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)) for _ in range(3))).eval()
+    with torch.no_grad():
+        for block in model:
+            block[0].weight.mul_(1e-14)
+    assert 0 < float(model(IMAGES).detach().abs().max()) < 1e-38
+    assert convert(model, IMAGES, keep="function").difference < 1e-6

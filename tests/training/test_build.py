@@ -179,6 +179,14 @@ def test_a_run_s_network_is_had_without_its_data(tmp_path, monkeypatch):
     (last,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     for name in ("run", str(last)):
         assert_equal(network_factory(name)()(images), network(images), name)
+    spoiled = last / "model_ema.safetensors"
+    spoiled.write_bytes(spoiled.read_bytes()[:-4] + bytes(4))
+    for refused in ({"run": last}, {"run": "run", "weights": spoiled}):
+        with pytest.raises(TrainingError, match=r"is damaged: model_ema\.safetensors is not what was written"):
+            load_run(**refused)
+    (tmp_path / "run" / "model_ema.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model_ema\.safetensors.*or run/model\.safetensors, which are not"):
+        load_run("run")
     (tmp_path / "run" / "data.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no data\.json of a run"):
         load_run("run")

@@ -19,6 +19,7 @@ from normfree.training.evaluation import evaluate, testing_loader, too_many_unre
 from normfree.training.metrics import Accuracy
 from normfree.training.processes import accelerator_for
 from normfree.training.run import folder
+from normfree.training.run.checkpoint import find_damage
 
 
 def load_run(run: str | Path, *, weights: str | Path | None = None, trusted_model: str | None = None) -> nn.Module:
@@ -51,13 +52,16 @@ def load_run(run: str | Path, *, weights: str | Path | None = None, trusted_mode
     if recipe.convert:
         apply_plan(Plan.from_json((run / folder.PLAN).read_text(encoding="utf-8")), network)
     if weights is None:
-        found = [holder / name for name in ("model_ema.safetensors", "model.safetensors")]
-        weights = next((path for path in found if path.exists()), None)
-        if weights is None:
+        weights = holder / ("model_ema.safetensors" if recipe.ema else "model.safetensors")
+        if not weights.exists():
+            other = f", or {holder / 'model.safetensors'}, which are not averaged" if recipe.ema else ""
             raise FileNotFoundError(
-                f"{holder} holds no model.safetensors: its training has not ended (name a checkpoint, or `weights`), "
-                "or it is a checkpoint of sharded parameters"
+                f"{holder} holds no {weights.name}: its training has not ended (name a checkpoint, or "
+                f"`weights`{other}), or it is a checkpoint of sharded parameters"
             )
+    sealed = Path(weights).parent
+    if (sealed / "position.json").exists() and (damage := find_damage(sealed)) is not None:
+        raise TrainingError(f"{sealed} is damaged: {damage}; take another checkpoint")
     network.to(torch.float64 if recipe.precision == "double" else torch.float32)
     load_weights(network, weights)
     return network.eval()
