@@ -134,12 +134,16 @@ _PAGE = """# What conversion makes of {count} networks of {packages} packages
 Written by `python -m normfree.studies.packages --out docs/packages.csv`, which measures the networks of the packages
 that are installed (`docs/packages.txt`) and keeps the other rows; versions are in the table beside this page.
 
-Each network has random weights and is converted on eight images (signals, graphs, volumes) of white noise. *variance*:
+Each network is new, its running statistics too, and is converted on eight images (signals, graphs, volumes; of
+detectors two) of white noise. *variance*:
 the least and the greatest channel variance at a residual join over that of the ledger. *off*: the largest departure of
 a branch's variance from what it was set to. *affine*, *kept* and *difference*: with `keep="function"` the normalizers
 that became an affine map per channel, those that stay, and the largest difference of an output from the original's,
 over the largest. *step*: one step of training at batch 1, in training mode. *export*: the difference of the folded
 network's program of `torch.export`. Where something is not done, the words are those of the error.
+
+By their own trainers and losses converted networks of ultralytics, transformers, MONAI and torchvision are trained by
+`examples/package_trainers.py`.
 
 | network | removed | kept | variance | off | affine | kept | difference | step | export |
 |---|---|---|---|---|---|---|---|---|---|
