@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,25 +172,34 @@ def _load_fashion_mnist(path: str) -> Data:
         )
 
     def part(prefix: str) -> ArrayImages:
-        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte").reshape(-1, 28, 28)
-        return ArrayImages(images, _read_idx(folder / f"{prefix}-labels-idx1-ubyte").tolist())
+        paths = folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte"
+        images, labels = map(_read_idx, paths)
+        if images.shape[1:] != (28, 28):
+            raise ValueError(f"{paths[0]} holds images of shape {images.shape[1:]}, not (28, 28)")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{paths[1]} has labels of shape {labels.shape} for {len(images)} images")
+        if labels.max(initial=0) >= len(_CLOTHES):
+            raise ValueError(f"{paths[1]} has the label {labels.max()}; there are {len(_CLOTHES)} classes")
+        return ArrayImages(images, labels.tolist())
 
     return Data(10, (0.286,), (0.353,), _CLOTHES, train=part("train"), test=part("t10k"))
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """The bytes of a file in MNIST's format, gzipped or not, in one dimension."""
+    """The bytes of a file in MNIST's format, gzipped or not, in their shape."""
     packed = path.with_name(path.name + ".gz")
     try:
         data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-        # A magic number, and a number per dimension.
+        # A magic number (0, 0, the type, the number of dimensions), and a number per dimension.
+        if data[:3] != bytes((0, 0, 8)):
+            raise ValueError(f"it begins with {data[:3].hex(' ')}, not 00 00 08, unsigned bytes")
         values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
         shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
     except (EOFError, IndexError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is no file of MNIST's format, or cut off: {error}") from error
     if values.size != math.prod(shape.tolist()):
         raise ValueError(f"{path} is cut off: {values.size} values, not {math.prod(shape.tolist())}")
-    return values
+    return values.reshape(shape.tolist())
 
 
 def _load_shards(folder: Path, prefix: str) -> Data:
@@ -205,6 +215,11 @@ def _load_shards(folder: Path, prefix: str) -> Data:
     labels = {*train.labels, *test.labels}
     if min(labels) < 0:
         raise ValueError(f"the shards of {folder} have the label {min(labels)}; labels count from 0")
+    if 1 + max(labels) > max(1000, 100 * len(labels)):
+        raise ValueError(
+            f"the shards of {folder} have the label {max(labels)}, and {len(labels)} labels in all: number the classes "
+            "from 0 on"
+        )
     return Data(1 + max(labels), *_IMAGENET, train=train, test=test)
 
 
@@ -250,12 +265,29 @@ def _image_folders(path: Path) -> tuple[TimmImages, TimmImages]:
     test = next((split for split in ("val", "validation", "test") if (path / split).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise ValueError(f"{path} has no folders train and val (or test): it would be tested on what it trains on")
-    train = _create("", str(path / "train"), "")
-    unknown = [name for name in _create("", str(path / test), "").classes or () if name not in (train.classes or ())]
+    train = _in_folders_of_classes(path / "train")
+    here = _in_folders_of_classes(path / test).classes
+    unknown = [name for name in here if name not in train.classes]
     if unknown:  # timm would leave them out
         raise ValueError(f"{path / test} has classes that {path / 'train'} does not have: {', '.join(unknown[:5])}")
     # Numbered as in training, also where a class has no test image.
     return train, _create("", str(path / test), "", class_map=train.classes)
+
+
+def _in_folders_of_classes(path: Path) -> TimmImages:
+    """Read the images that lie in the folder of a class, without hidden ones, as Jupyter's copies; warn of others."""
+    found = _create("", str(path), "")
+    names = [name for name in found.classes if name and not name.startswith(".")]
+    if not names:
+        raise ValueError(f"{path} has no folder of images for each class")
+    if len(names) == len(found.classes):
+        return found
+    kept = _create("", str(path), "", class_map={name: index for index, name in enumerate(names)})
+    warnings.warn(
+        f"{len(found) - len(kept)} images of {path} lie in no class's folder, or in a hidden one: they are left out",
+        stacklevel=2,
+    )
+    return kept
 
 
 def _create(name: str, path: str, split: str, *others: str, **arguments: Any) -> TimmImages:

@@ -85,8 +85,12 @@ def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:
                     images[key] = _Member(shard, info.offset_data, info.size, info.name)
                 elif extension.lower() in ("cls", "json"):
                     labels |= _label(archive, info, path, key)
+            end = archive.offset
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no uncompressed tar file ({error})") from error
+    with path.open("rb") as file:
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"{path} is cut off or damaged at byte {end}: the archive's end is missing")
     unlabelled = [member.name for key, member in images.items() if key not in labels]
     if unlabelled:
         raise ValueError(
@@ -104,6 +108,11 @@ def _label(archive: tarfile.TarFile, info: tarfile.TarInfo, path: Path, key: str
         if info.name.lower().endswith(".cls"):
             return {key: int(text)}
         described = json.loads(text)
-        return {key: int(described["label"])} if isinstance(described, dict) and "label" in described else {}
-    except (ValueError, TypeError) as error:
+        if not isinstance(described, dict) or "label" not in described:
+            return {}
+        label = described["label"]
+        if isinstance(label, bool) or (isinstance(label, float) and not label.is_integer()):
+            raise ValueError("it is no whole number")
+        return {key: int(label)}
+    except (OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}/{info.name} holds no label: {text[:40]!r}") from error

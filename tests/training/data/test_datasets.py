@@ -217,3 +217,60 @@ def test_files_that_are_cut_off_are_named(tmp_path):
     (tmp_path / "damaged.zip").write_bytes(content)
     with pytest.warns(UserWarning, match=r"cannot read 1 images of .*damaged\.zip: a\.png"):
         assert load(f"instances:{tmp_path / 'damaged.zip'}").classes == 2
+
+
+def idx(values, magic=b"\x00\x00\x08"):
+    """A file of MNIST's format."""
+    return magic + bytes([values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape) + values.tobytes()
+
+
+PIXELS, LABELS = np.zeros((7, 28, 28), np.uint8), np.arange(7, dtype=np.uint8)
+DAMAGED = {
+    "fewer labels": (idx(PIXELS), idx(LABELS[:4]), r"labels of shape \(4,\) for 7 images"),
+    "more labels": (idx(PIXELS), idx(np.zeros(9, np.uint8)), r"labels of shape \(9,\) for 7 images"),
+    "a label of no class": (idx(PIXELS), idx(LABELS + 200), "has the label 206; there are 10 classes"),
+    "another shape": (idx(PIXELS.reshape(7, 14, 56)), idx(LABELS), r"images of shape \(14, 56\), not \(28, 28\)"),
+    "colours": (idx(np.zeros((7, 28, 28, 3), np.uint8)), idx(LABELS), r"images of shape \(28, 28, 3\)"),
+    "another type": (idx(PIXELS, b"\x00\x00\x0d"), idx(LABELS), "begins with 00 00 0d, not 00 00 08"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_files_of_mnist_s_format_that_disagree_are_refused(name, tmp_path):
+    images, labels, words = DAMAGED[name]
+    for part in ("train", "t10k"):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(ValueError, match=words):
+        load(f"fashion_mnist:{tmp_path}")
+
+
+def in_folders(folder, *files):
+    for part in ("train", "val"):
+        for name in ("cat/0.png", "dog/0.png"):
+            (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+            picture(0).save(folder / part / name)
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(1).save(folder / name)
+    return f"imagefolder:{folder}"
+
+
+@pytest.mark.parametrize(
+    "name", ["train/stray.png", "train/.ipynb_checkpoints/0-checkpoint.png", "val/a.png", "train/cat/.cache/0.png"]
+)
+def test_images_of_no_class_s_folder_shift_no_label(name, tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"1 images of .* lie in no class's folder, or in a hidden one: they are left out"
+    ):
+        data = load(in_folders(tmp_path, name))
+    assert (data.classes, data.names, len(data.train), len(data.test)) == (2, ("cat", "dog"), 2, 2)
+    assert [data.train[index][1] for index in range(2)] == [data.test[index][1] for index in range(2)] == [0, 1]
+
+
+def test_folders_without_folders_of_classes_are_refused(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        picture(0).save(tmp_path / part / "cat.png")
+    with pytest.raises(ValueError, match="train has no folder of images for each class"):
+        load(f"imagefolder:{tmp_path}")

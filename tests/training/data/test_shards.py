@@ -104,3 +104,48 @@ def test_what_cannot_be_read_is_refused_and_named(folder):
     shard(folder / "pets-train-2.tar", broken, "w:gz")
     with pytest.raises(ValueError, match="is no uncompressed tar file"):
         load(f"wds/pets:{folder}")
+
+
+def test_a_shard_that_is_cut_off_anywhere_is_refused(folder):
+    path = folder / "pets-train-0.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        end = archive.getmembers()[-1].offset_data + 512
+    assert len(load(f"wds/pets:{folder}").train) == 5
+    for size in range(512, end + 1, 256):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"pets-train-0\.tar"):
+            load(f"wds/pets:{folder}")
+    path.write_bytes(whole[: end + 512])  # one of two closing blocks
+    assert len(load(f"wds/pets:{folder}").train) == 5
+
+
+def test_a_shard_that_is_damaged_between_two_files_is_refused(folder):
+    path = folder / "pets-train-0.tar"
+    whole = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        second = archive.getmembers()[2].offset
+    whole[second : second + 8] = b"\xff" * 8
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=f"is cut off or damaged at byte {second}: the archive's end is missing"):
+        load(f"wds/pets:{folder}")
+
+
+@pytest.mark.parametrize("label", ["1e400", "1.7", "true", "[1]", '"one"', "null", "[" * 100_000])
+def test_labels_that_are_no_whole_numbers_are_refused(label, folder):
+    shard(folder / "pets-train-2.tar", {"9.png": png(9), "9.json": f'{{"label": {label}}}'.encode()})
+    with pytest.raises(ValueError, match=r"pets-train-2\.tar/9\.json holds no label"):
+        load(f"wds/pets:{folder}")
+
+
+def test_labels_that_are_whole_in_another_form_are_taken(folder):
+    shard(folder / "pets-train-2.tar", {"9.png": png(9), "9.json": b'{"label": 2.0}'})
+    assert load(f"wds/pets:{folder}").train.labels[-1] == 2
+
+
+def test_ids_are_no_labels(folder):
+    shard(folder / "pets-train-2.tar", {"9.png": png(9), "9.cls": b"1000000000"})
+    with pytest.raises(ValueError, match="have the label 1000000000, and 4 labels in all: number the classes from 0"):
+        load(f"wds/pets:{folder}")
+    shard(folder / "pets-train-2.tar", {"9.png": png(9), "9.cls": b"999"})
+    assert load(f"wds/pets:{folder}").classes == 1000
