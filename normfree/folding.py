@@ -29,8 +29,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     The plain layer holds the effective weight and bias, so outputs are equal up to rounding and nothing is computed
     from weights any more. It is of torch's own class (`SameConv2d` where it pads as TensorFlow with a stride), so that
-    tools that look for that find it, and TorchScript reads it. The result is in eval mode and
-    its folded parameters need no gradient: train the network that it was made from.
+    tools that look for that find it, and TorchScript reads it. The result is in eval mode and its folded parameters
+    need no gradient: train the network that it was made from.
 
     Args:
         model: Network of ours, converted, or of timm's with standardized weights.
@@ -57,7 +57,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def has_scaled_layers(model: nn.Module) -> bool:
     """Tell whether `fold` has something to fold."""
-    return any(_folded(module) is not None for module in model.modules())
+    return any(isinstance(module, ScaledWS) or _folded(module) is not None for module in model.modules())
 
 
 def _folded(module: Any) -> nn.Module | None:
