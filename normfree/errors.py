@@ -20,6 +20,14 @@ class SingleValueError(TrainingError):
     """A normalizer over a batch that has one value for each of its channels."""
 
 
+class WritingError(TrainingError, OSError):
+    """A file that cannot be written; the one that was there is as it was."""
+
+
+class ChartError(RuntimeError):
+    """A chart that cannot be drawn here."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Near misses of `name` among the `known` names, as the end of a sentence: "; did you mean …?", or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)

@@ -1,18 +1,22 @@
 """Networks for other runtimes: ONNX, and PyTorch's exported programs."""
 
+import io
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from normfree.extras import require_extra
+from normfree.files.whole import replacing
 from normfree.folding import fold, has_scaled_layers
 from normfree.trace.inputs import first_layer, tensors
 from normfree.trace.preparation import in_eval_mode
+from normfree.trace.watched import exclusively
 
 Format = Literal["onnx", "pt2"]
 
@@ -26,6 +30,7 @@ class Exported:
     largest: float  # absolute value among the network's outputs
 
 
+@exclusively
 def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[int, int] = 224) -> Exported:
     """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, and run the file to check it.
 
@@ -42,13 +47,16 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
         The file, and how far its outputs are from the network's.
 
     Raises:
-        ValueError: For another format, for a model without convolutions, for a file whose outputs differ by more than
-            1e-4 (of the largest output, if that is above 1) and for one that takes no other image size, as where the
-            example is so small that a stage has one position.
+        ValueError: For another format, for a model without convolutions or that torch.export cannot take, for a file
+            whose outputs differ by more than 1e-4 (of the largest output, if that is above 1) and for one that takes no
+            other image size, as where the example is so small that a stage has one position.
         ImportError: Where a package is missing.
+        OSError: Where the file cannot be written; the one before is then as it was.
     """
     if to not in ("onnx", "pt2"):
         raise ValueError(f"to is {to!r}; it must be 'onnx' or 'pt2'")
+    if to == "onnx":
+        require_extra("export", "ONNX")
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"size is {size}; it must be at least 1 pixel")
@@ -61,19 +69,28 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
         like = first.weight.detach()
         x = like.new_empty(2, first.in_channels, height, width).normal_()
         axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-        program = torch.export.export(model, (x,), dynamic_shapes=(axes,))
-        if to == "pt2":
-            torch.export.save(program, path)
-        else:
-            _to_onnx(program, path, len(tensors(model(x))))
+        program = _exported_program(model, x, axes)
+        with replacing(path) as written:
+            if to == "pt2":
+                packed = io.BytesIO()  # torch's own writer ends the process where the disk is full
+                torch.export.save(program, packed)
+                written.write_bytes(packed.getbuffer())
+            else:
+                _to_onnx(program, written, len(tensors(model(x))))
         return _check(model, path, to, x)
 
 
-def _to_onnx(program: torch.export.ExportedProgram, path: Path, outputs: int) -> None:
+def _exported_program(model: nn.Module, x: Tensor, axes: dict[int, Any]) -> torch.export.ExportedProgram:
     try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"ONNX needs onnx and onnxscript: pip install 'normfree[export]' ({error})") from error
+        return torch.export.export(model, (x,), dynamic_shapes=(axes,))
+    except Exception as error:  # of many kinds, none of which is documented
+        raise ValueError(
+            f"torch.export cannot take {type(model).__name__} with batch size, height and width that vary: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _to_onnx(program: torch.export.ExportedProgram, path: Path, outputs: int) -> None:
     names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -112,12 +129,8 @@ def _runner(path: Path, to: Format) -> Callable[[Tensor], list[Tensor]]:
     if to == "pt2":
         program = torch.export.load(path).module()
         return lambda images: tensors(program(images))
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is written, but not checked: pip install 'normfree[export]' for onnxruntime ({error})"
-        ) from error
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: [torch.from_numpy(out) for out in session.run(None, {name: images.cpu().numpy()})]

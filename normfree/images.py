@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normfree.files.whole import require_file
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's pixels in [0, 1], per channel of RGB."""
@@ -86,6 +88,7 @@ def _read(path: Path) -> Tensor:
     except ImportError as error:
         raise ImportError("reading images needs pillow: pip install 'normfree[demo]'") from error
     try:
+        require_file(path)
         with Image.open(path) as image:
             rgb = to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

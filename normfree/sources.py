@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,24 @@ def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
 
     @functools.wraps(factory)
     def checked(*args: Any, **kwargs: Any) -> nn.Module:
-        with _current_folder_searched():  # a factory may import more
-            model = factory(*args, **kwargs)
+        try:
+            with _current_folder_searched():  # a factory may import more
+                model = factory(*args, **kwargs)
+        except Exception as error:  # it may raise anything
+            raise _said_where(error, f"{module_name}:{attribute}") from error
         if not isinstance(model, nn.Module):
             raise ValueError(f"{module_name}:{attribute} made a {type(model).__name__}; it must make a torch.nn.Module")
         return model
 
     return checked
+
+
+def _said_where(error: Exception, name: str) -> Exception:
+    """Make an error that names the line at which a function of the user's raised; TypeError for wrong arguments."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, TypeError) and last.filename == __file__:  # it was not entered
+        return TypeError(f"{name} cannot be called so: {error}")
+    return ValueError(f"{name} raised {type(error).__name__}: {error} ({last.filename}, line {last.lineno})")
 
 
 @contextlib.contextmanager
@@ -105,4 +117,6 @@ def _import(name: str, message: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a user's module may raise anything while it is imported
-        raise ImportError(f"{message} ({type(error).__name__}: {error})") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = "" if last.filename.startswith("<frozen") else f", {last.filename}, line {last.lineno}"
+        raise ImportError(f"{message} ({type(error).__name__}: {error}{place})") from error

@@ -22,16 +22,16 @@ TRITON = {"normfree.nn.fused", "normfree.nn.fused_kernels"}
 IMPORTABLE = sorted(MODULES.keys() - TRITON - {"normfree.__main__"})
 
 # The floors, bottom up: what each may import of the package besides itself; nothing points back.
-GROUND = {"_torch", "errors", "files", "images", "optim", "plotting"}
+GROUND = {"_torch", "errors", "extras", "files", "images", "optim", "plotting"}
 FLOORS = {
-    **{part: {"_torch", "errors"} for part in GROUND},
+    **{part: {"_torch", "errors", "extras", "files"} for part in GROUND},
     "nn": {"_torch"},
     "trace": {"_torch", "errors"},
     "signal": GROUND | {"trace"},
     "models": GROUND | {"nn"},
     "folding": {"nn"},
     "conversion": GROUND | {"folding", "nn", "signal", "trace"},
-    "exporting": {"folding", "trace"},
+    "exporting": {"extras", "files", "folding", "trace"},
     "privacy": {"nn"},
     "sources": {"errors", "models"},
     "training": GROUND | {"conversion", "models", "nn", "signal", "sources", "trace"},

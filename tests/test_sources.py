@@ -26,7 +26,9 @@ def test_a_factory_that_fails_leaves_the_path_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "failing_of_mine.py").write_text("def make():\n    raise KeyError('width')\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    with pytest.raises(KeyError):
+    with pytest.raises(
+        ValueError, match=r"failing_of_mine:make raised KeyError: 'width' \(.*failing_of_mine\.py, line 2\)"
+    ):
         model_factory("failing_of_mine:make")()
     with pytest.raises(ImportError, match="cannot import 'nowhere_of_mine'"):
         model_factory("nowhere_of_mine:make")

@@ -1,13 +1,52 @@
 """The command line: `normfree spp`, `models`, `demo`, `convert`, `export`, `bench`, `train`, `eval` and `study`."""
 
+import importlib.metadata
 import os
+import platform
+import shutil
 import sys
-
-from normfree.errors import SignalError, TrainingError
 
 
 def main() -> None:
     """Run the command that the arguments name; a fault that the user can mend is one sentence and exit code 2."""
+    # Imports take seconds, in which Ctrl-C may come too.
+    try:
+        from normfree.cli.failures import release_output, report, say
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    code = 0
+    try:
+        _prepare_terminal()
+        _run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `normfree models | head`
+        pass
+    except KeyboardInterrupt:
+        say("interrupted")
+        code = 130
+    except Exception as error:
+        code = report(error)
+    release_output()
+    if code:
+        raise SystemExit(code)
+
+
+def _prepare_terminal() -> None:
+    """Print all letters in some way, and help in 40 columns at least: in fewer tyro lays it out for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, to the end of the process
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] in (["--version"], ["-V"]):
+        versions = (importlib.metadata.version(name) for name in ("normfree", "torch"))
+        print("normfree {}, torch {}, Python {}".format(*versions, platform.python_version()))
+        return
     import tyro
 
     from normfree.cli.bench import bench
@@ -19,32 +58,22 @@ def main() -> None:
     from normfree.cli.study import study
     from normfree.cli.train import evaluate, train, train_command
 
-    try:
-        if sys.argv[1:2] == ["train"]:
-            train_command(sys.argv[2:])
-            return
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "spp": spp,
-                "models": models,
-                "demo": demo,
-                "convert": convert,
-                "export": export,
-                "bench": bench,
-                "train": train,
-                "eval": evaluate,
-                "study": study,
-            },
-            prog="normfree",
-            description="Deep networks without activation normalization, and the tools to see why they work.",
-        )
-        sys.stdout.flush()
-    except (SignalError, TrainingError, ValueError, TypeError, ImportError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `normfree models | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(0) from None
-        print(f"normfree: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("normfree: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    if arguments[:1] == ["train"]:
+        train_command(arguments[1:])
+        return
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            "spp": spp,
+            "models": models,
+            "demo": demo,
+            "convert": convert,
+            "export": export,
+            "bench": bench,
+            "train": train,
+            "eval": evaluate,
+            "study": study,
+        },
+        prog="normfree",
+        args=arguments,
+        description="Deep networks without activation normalization, and the tools to see why they work.",
+    )

@@ -17,7 +17,7 @@ from normfree.benchmarks.train_step import PEERS as TRAINING_PEERS
 from normfree.benchmarks.train_step import train_step
 from normfree.cli.arguments import Size, height_and_width
 from normfree.cli.output import Json, announce, check_writable, progress, show_json, show_table
-from normfree.files import replacing
+from normfree.files.whole import write_whole
 from normfree.sources import model_factory
 
 MEASUREMENTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
@@ -88,8 +88,7 @@ def bench(
 
 def _save_and_show(document: dict[str, Any], setting: Setting, out: Path | None, json_output: bool) -> None:
     if out is not None:
-        with replacing(out) as path:
-            path.write_text(json.dumps(document, indent=2) + "\n")
+        write_whole(out, json.dumps(document, indent=2) + "\n")
     if json_output:
         show_json(document)
     else:

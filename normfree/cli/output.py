@@ -1,6 +1,7 @@
 """Output of the commands: tables or JSON, files, and the progress bar."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from normfree.extras import require_extra
 
 Json = Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff]
 """Type of the flag that asks for JSON instead of a table."""
@@ -25,7 +28,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a rich table on a terminal, numbers on the right; lines of cells separated by tabs elsewhere."""
     console = Console()
     if not console.is_terminal:
-        for row in (columns, *rows):
+        for row in itertools.chain([columns], rows):
             print(*row, sep="\t", flush=True)
         return
     table = Table(header_style="bold")
@@ -38,7 +41,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def show_json(value: Any) -> None:
     """Print a value as JSON; paths as text."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+    print(json.dumps(value, indent=2, default=str), flush=True)
 
 
 def announce(paths: Iterable[Path]) -> None:
@@ -63,7 +66,10 @@ def working(description: str) -> Iterator[None]:
 
 
 def check_writable(path: Path, suffixes: Iterable[str]) -> None:
-    """Raise before a long measurement rather than after it: ValueError for the suffix, OSError for the place."""
+    """Raise before a long measurement rather than after it.
+
+    ValueError for the suffix, OSError for the place, ImportError where a package is missing.
+    """
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"cannot write {path}: the suffix must be one of {', '.join(suffixes)}")
     folder = path.absolute().parent
@@ -71,3 +77,5 @@ def check_writable(path: Path, suffixes: Iterable[str]) -> None:
         raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise PermissionError(f"cannot write {path}: permission denied or a folder")
+    if path.suffix.lower() in (".html", ".png", ".svg"):
+        require_extra("charts", f"writing {path}")

@@ -1,11 +1,10 @@
 """The plan of a conversion: the modules that are replaced, by path, and as a text that can be followed again."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from normfree.files import check_format
+from normfree.files.documents import document_text, from_values, parse_document
 
 FORMAT = 1
 """Number of the text's format; it grows when a plan is written that earlier versions cannot follow."""
@@ -52,15 +51,15 @@ class Plan:
 
     def to_json(self) -> str:
         """Write the plan as `from_json` reads it."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)})
+        return document_text(dataclasses.asdict(self), format=FORMAT, indent=None)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """Read a plan. Raises ValueError for a text that is none, or of another format."""
+    def from_json(cls, text: str | bytes, name: str = "the text") -> "Plan":
+        """Read a plan. Raises ValueError that begins with `name` for none, a changed one, or another format."""
+        values = parse_document(text, "plan of a conversion", name, format=FORMAT)
+        parts: dict[str, type[PlannedLayer | RemovedNorm]] = {"layers": PlannedLayer, "removed": RemovedNorm}
         try:
-            plan: dict[str, Any] = json.loads(text)
-            check_format(plan, FORMAT, "the plan of the conversion")
-            layers = tuple(PlannedLayer(**layer) for layer in plan["layers"])
-            return cls(layers, tuple(RemovedNorm(**norm) for norm in plan["removed"]), tuple(plan["settled"]))
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"it holds no plan of a conversion ({error!r})") from error
+            made = {name: tuple(from_values(part, one) for one in values[name]) for name, part in parts.items()}
+            return from_values(cls, values | made)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} is no plan of a conversion ({error!r})") from error

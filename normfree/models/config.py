@@ -1,11 +1,18 @@
 """Configuration that all networks of this package have."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from normfree.files.documents import check_types
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "padding": ("same", "symmetric"), "global_pool": ("avg", "max", "avgmax", ""), "output_stride": (32, 16, 8),
+}  # fmt: skip
+_LEAST = {
+    "num_classes": 0, "in_channels": 1, "train_size": 1, "test_size": 1, "group_size": 1, "middle": 1, "se_ratio": 0,
+    "alpha": 0, "weight_decay": 0, "expansion": 0,
 }  # fmt: skip
 
 
@@ -27,24 +34,24 @@ class NetworkConfig:
     weight_decay: float = 5e-5  # without gains, biases, skip gains and the scales of normalizers
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # JSON has no tuples
-                object.__setattr__(self, field.name, tuple(value))
+        check_types(self)
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be finite")
+        for name, least in _LEAST.items():
+            value = getattr(self, name, least)
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name in ("depths", "widths"):
+            values = getattr(self, name, (1,))
+            if not values or min(values) < 1:
+                raise ValueError(f"{name} is {values}; each stage must have at least 1")
         for name in ("drop_rate", "stochastic_depth_rate"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must be in [0, 1)")
-        for name, least in {"num_classes": 0, "in_channels": 1}.items():
-            value = getattr(self, name)
-            if int(value) != value or value < least:
-                raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}")
         if int(16 * self.width) < 1:
             raise ValueError(f"width is {self.width}; it must be at least 1/16, for a stem of one channel")
-        for name in ("se_ratio", "alpha"):
-            value = getattr(self, name, 0)
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}; it must not be negative")
         self._check_choices()
 
     def _check_choices(self) -> None:

@@ -1,20 +1,17 @@
 """Base of the paper's networks: stem → stages → pooled head, with the interface that users of timm expect."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from normfree.images import IMAGENET_MEAN, IMAGENET_STD
 from normfree.models.block_plan import BlockPlan
 from normfree.models.config import NetworkConfig
+from normfree.models.saved_network import SavedNetwork
 from normfree.nn.scales import Scales
 from normfree.nn.weight_pass import WeightPass
 
@@ -73,7 +70,7 @@ class Head(Scales):
 
 class ResidualNetwork(
     nn.Module,
-    PyTorchModelHubMixin,
+    SavedNetwork,
     library_name="normfree",
     license="apache-2.0",
     pipeline_tag="image-classification",
@@ -242,20 +239,6 @@ class ResidualNetwork(
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for timm's layer-wise rates: the stem, each block (or stage if `coarse`), the head."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]}
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
-        described = {"family": type(self).__name__, **dataclasses.asdict(self.config)}
-        (save_directory / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-
-    @classmethod
-    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """Load in the dtype of the file; nothing may be missing."""
-        name = next(name for name, _ in model.named_parameters())
-        with safe_open(model_file, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118, it is no mapping
-                model.to(tensors.get_tensor(name).dtype)
-        return super()._load_as_safetensor(model, model_file, map_location, strict=True)
 
 
 def default_cfg(config: NetworkConfig) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 import contextlib
 import dataclasses
 import fnmatch
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 
 from normfree.errors import suggest
 from normfree.models import baseline_resnet, fixup_resnet, nf_resnet, nfnet, regnet
 from normfree.models.config import NetworkConfig
 from normfree.models.network import ResidualNetwork
+from normfree.models.saved_network import read_description
 
 _FAMILIES: tuple[tuple[type[ResidualNetwork], Mapping[str, Any]], ...] = (
     (nf_resnet.NFResNet, nf_resnet.VARIANTS),
@@ -77,22 +76,18 @@ def from_pretrained(source: str | Path, **arguments: Any) -> ResidualNetwork:
         The network with its parameters.
 
     Raises:
-        FileNotFoundError: For a folder without config.json.
-        ValueError: For a configuration that is not of a network of this package.
+        FileNotFoundError: For a folder that lacks a file.
+        ValueError: For a configuration that is not of a network of this package, and for files that are damaged or not
+            what was written.
     """
-    if Path(source).exists() or not isinstance(source, str):
-        path = Path(source) / "config.json"
-    else:
-        path = Path(hf_hub_download(source, "config.json", **arguments))
-    described = json.loads(path.read_text())
+    described = read_description(source, **arguments)
     families: dict[str, Any] = {network.__name__: network for network, _ in _FAMILIES}
-    family = described.get("family") if isinstance(described, dict) else None
-    if family not in families:
+    if described["family"] not in list(families):
         raise ValueError(
-            f"{path} is not of a network that save_pretrained wrote: its family is {family!r}, not one of "
-            f"{', '.join(families)} (normfree.training.load_run loads the folder of a run)"
+            f"{described['path']} is not of a network that save_pretrained wrote: its family is "
+            f"{described['family']!r}, not one of {', '.join(families)} (normfree.training.load_run loads runs)"
         )
-    return families[family].from_pretrained(source, **arguments)
+    return families[described["family"]].from_pretrained(source, **arguments)
 
 
 def _builder(name: str) -> tuple[Callable[[Any], ResidualNetwork], Any]:

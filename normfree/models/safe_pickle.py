@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from normfree.files.whole import read_whole
+
+_LARGEST = 2**34  # bytes
+
 
 def read_arrays(path: str | Path) -> dict[str, Any]:
     """The mapping of names to arrays (or to such mappings) in an .npz, .npy or pickle file.
@@ -19,7 +23,7 @@ def read_arrays(path: str | Path) -> dict[str, Any]:
     Raises ValueError for a file that holds anything else (it names the type), that is damaged, or that holds no
     mapping; OSError where it cannot be read.
     """
-    data = Path(path).read_bytes()
+    data = read_whole(Path(path), largest=_LARGEST)
     try:
         content = _read_zip(data) if zipfile.is_zipfile(io.BytesIO(data)) else _read_one(data)
     except _RefusedError as error:

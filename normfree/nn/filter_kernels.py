@@ -47,10 +47,13 @@ class StandardizedFilters:
         self.shrink: Tensor | None = None  # (filters,), where one is clamped
 
     def clamp(self) -> None:
-        """Apply the clamp, if it applies to a filter."""
-        if not self.rstd.max().item() <= self.limit:
+        """Apply the clamp, if it applies to a filter; NaN, not 0, where a variance overflows."""
+        least, most = torch.aminmax(self.rstd)
+        if not most.item() <= self.limit:
             self.shrink = (self.rstd[0].reciprocal() * self.limit).clamp(max=1)
             self.result.mul_(self.shrink[:, None])
+        if not least.item() > 0:
+            self.result[self.rstd[0] == 0] = math.nan
 
     def take_results(self) -> Sequence[Tensor]:
         """Return the standardized weights, each in the layout of the weight, and forget them."""
@@ -93,8 +96,8 @@ class StandardizedFilters:
 
 def clamp_all(parts: Sequence[StandardizedFilters]) -> None:
     """Apply the clamp to all, after one look."""
-    most = torch.cat([part.rstd for part in parts], 1) if len(parts) > 1 else parts[0].rstd
-    if not most.max().item() <= min([part.limit for part in parts]):
+    least, most = torch.aminmax(torch.cat([part.rstd for part in parts], 1) if len(parts) > 1 else parts[0].rstd)
+    if not (least.item() > 0 and most.item() <= min([part.limit for part in parts])):
         for part in parts:
             part.clamp()
 

@@ -27,7 +27,7 @@ def _standardize(
         centred = tl.where(inside, tl.load(weight + start + first + columns, inside, 0.0).to(exact) - m, 0.0)
         total += centred * centred
     norm, least = tl.sum(total, 0), tl.full((), eps, exact)
-    r = 1 / tl.sqrt(tl.maximum(norm, least))
+    r = tl.where(norm == float("inf"), float("nan"), 1 / tl.sqrt(tl.maximum(norm, least)))
     out = tl.load(out_scale).to(exact) * tl.load(skip_gain, has_skip, 1.0).to(exact)
     scale = tl.load(gain + row).to(exact) * (tl.load(in_scale).to(exact) * out) * r
     for first in range(0, fan_in, block):

@@ -142,7 +142,9 @@ def _quadrature_gain(activation: Callable[[Tensor], Tensor], name: str) -> float
     if tail > 1e-12 * variance:
         raise ValueError(f"{name} grows too fast: it has no finite variance under N(0, 1)")
     if variance <= 1e-24 * mean**2 or variance <= 0:
-        raise ValueError(f"{name} is constant (variance {variance:g} under N(0, 1)): no gain gives it unit variance")
+        raise ValueError(
+            f"{name} is constant, or all but constant (variance {variance:g} under N(0, 1)): no gain makes that 1"
+        )
     return 1 / math.sqrt(variance)
 
 
@@ -167,6 +169,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-12, atol=0, equal_nan=True)
 
 
+_MOST_PANELS = 2**18
 _LIMIT = 38.0  # the density of N(0, 1) underflows in float64 beyond it
 
 
@@ -209,6 +212,12 @@ def _integrate(function: Callable[[Tensor], Tensor], name: str) -> tuple[float, 
         total += float((low + high)[agree].sum())
         left, right = torch.cat([left[~agree], middle[~agree]]), torch.cat([middle[~agree], right[~agree]])
         areas = torch.cat([low[~agree], high[~agree]])
-        if not len(left):
+        if not len(left) or len(left) > _MOST_PANELS:
             break
+    rest = float(areas.abs().sum())
+    if len(left) > _MOST_PANELS or rest > 1e-8 * (abs(total) + rest):
+        raise ValueError(
+            f"{name} has no finite variance under N(0, 1), or none that is found: its integral does not settle near "
+            f"z = {left[areas.abs().argmax()]:.3g}"
+        )
     return total + float(areas.sum()), tail

@@ -42,7 +42,8 @@ def apply_to_patches(patches: Tensor, factors: Factors) -> Tensor | None:
     rows = factors.weight.detach().flatten(1)
     products = torch.mm(with_ones.detach(), rows.t())
     mean, norm = products[-1] / rows.shape[1], torch.linalg.vector_norm(rows, dim=1)
-    if not bool((mean.abs() * math.sqrt(rows.shape[1]) <= _MOST_MEAN * norm).all()):
+    alike = mean.abs() * math.sqrt(rows.shape[1]) <= _MOST_MEAN * norm
+    if not bool((alike & (norm.square() < math.inf)).all()):
         return None
     found: Tensor = _MatrixForm.apply(factors, products, mean, norm, with_ones, *factors[:4])
     return found

@@ -23,7 +23,8 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     """Compute scale ⊙ (W − mean(W)) · rsqrt(max(N · var(W), eps)) per output channel (Brock et al. 2021, equation 3).
 
     Mean and (biased) variance are over everything but the output channel, N = fan-in. Half-precision weights are
-    standardized in float32. Derivatives of every order exist, those of `torch.func` too.
+    standardized in float32. Filters whose variance overflows become NaN. Derivatives of every order exist, those of
+    `torch.func` too.
 
     Args:
         weight: Filters, `(out_channels, in_channels / groups, *kernel_size)`.
@@ -66,7 +67,8 @@ def composed(factors: Factors) -> tuple[Tensor, Tensor | None]:
     axes = tuple(range(1, weight.ndim))
     centred = weight - weight.mean(axes, keepdim=True)
     norm = centred.square().sum(axes)
-    scale = gain * (in_scale * out) * norm.clamp(min=eps).rsqrt()
+    rstd = torch.where(norm == math.inf, math.nan, norm.clamp(min=eps).rsqrt())
+    scale = gain * (in_scale * out) * rstd
     return centred * scale.view(-1, *[1] * len(axes)), None if bias is None else bias * out
 
 

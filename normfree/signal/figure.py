@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.plotting import COLORS, altair, vl_convert, write_chart
+from normfree.files.whole import write_whole
+from normfree.plotting import COLORS, altair, render, write_chart
 from normfree.signal import table
 from normfree.signal.formats import to_csv, to_json
 from normfree.signal.record import STATISTICS, SignalRecords
@@ -118,17 +119,17 @@ class SignalFigure:
     def save(self, path: str | Path) -> Path:
         """Write .html (one file that needs no network), .png or .svg, or the numbers as .csv or .json.
 
-        Raises ValueError for another suffix.
+        Raises ValueError for another suffix, OSError where it cannot be written; the file before is then as it was.
         """
         path = Path(path)
         suffix = path.suffix.lower()
         reports = [report for row in self.rows.values() for report in row]
         if suffix == ".json":
-            path.write_text(to_json(reports), encoding="utf-8")
+            write_whole(path, to_json(reports))
         elif suffix == ".csv":
-            path.write_text(to_csv(reports), encoding="utf-8")
+            write_whole(path, to_csv(reports))
         elif suffix == ".html":
-            path.write_text(self.to_html(), encoding="utf-8")
+            write_whole(path, self.to_html())
         elif suffix in (".svg", ".png"):
             write_chart(self.to_vega_lite(titled=True), path)
         else:
@@ -145,11 +146,11 @@ class SignalFigure:
             caption=self._caption(),
             sections=self._sections(),
             spec=spec,
-            bundle=vl_convert().javascript_bundle(),
+            bundle=render("javascript_bundle"),
         )
 
     def _repr_html_(self) -> str:
-        return vl_convert().vegalite_to_svg(self.to_vega_lite(titled=True)) + self._sections()
+        return render("vegalite_to_svg", vl_spec=self.to_vega_lite(titled=True)) + self._sections()
 
     def _sections(self) -> str:
         """Verdicts and a table per report, as HTML."""

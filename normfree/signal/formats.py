@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from normfree.files import csv_text
+from normfree.files.csv_tables import csv_text
 from normfree.signal.record import SignalRecords
 from normfree.signal.verdicts import find_verdicts
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfree.files import Table
+from normfree.files.csv_tables import Table, reading_rows
 from normfree.signal.monitor_figure import draw_signal
 from normfree.signal.reader import Reader
 from normfree.signal.record import STATISTICS, SignalRecord
@@ -83,7 +83,9 @@ class SignalMonitor:
     def __enter__(self) -> "SignalMonitor":
         assert self.model is not None
         if self.table is not None:
-            self.rows = [_parsed(row) for row in self.table.cut_back(self.step - 1)]
+            rows = self.table.cut_back(self.step - 1)
+            with reading_rows(self.table.path):
+                self.rows = [_parsed(row) for row in rows]
         _hide_hooks_from_compilers()
         self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         end = self.model.register_forward_hook(self._end, with_kwargs=True, always_call=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from normfree.files import read_csv
+from normfree.files.csv_tables import read_csv, reading_rows
 from normfree.models.cost import multiply_accumulates
 from normfree.signal.record import mean_to_variance
 from normfree.sources import model_factory
@@ -76,9 +76,10 @@ def read_signal(path: Path, entry: Entry) -> list[list[dict[str, Any]]]:
         return []
     wanted = fingerprint(replace(entry.cell.recipe, lr=entry.lr, seed=0))
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read_csv(path)[1]:
-        if row["recipe"] == wanted:
-            numbers = {name: float(row[name]) for name in ("depth", "variance", "squared_mean")}
-            by_step.setdefault(int(row["step"]), []).append(numbers)
+    with reading_rows(path):
+        for row in read_csv(path)[1]:
+            if row["recipe"] == wanted:
+                numbers = {name: float(row[name]) for name in ("depth", "variance", "squared_mean")}
+                by_step.setdefault(int(row["step"]), []).append(numbers)
     steps = sorted(by_step)
     return [by_step[steps[place]] for place in (0, len(steps) // 2, -1)] if steps else []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.conversion import Conversion, convert
+from normfree.files.whole import write_whole
 from normfree.images import photographs
 from normfree.nn import VarianceLedger
 from normfree.signal import SignalRecord
@@ -289,7 +290,7 @@ def main() -> None:
         rows.append((pair[0], pair[1]))
         print(f"{_line(*rows[-1])} {_words(*rows[-1])}", flush=True)
     if options.out is not None:
-        options.out.write_text(render_page(rows, "python -m normfree.studies.coverage --out docs/coverage.md"))
+        write_whole(options.out, render_page(rows, "python -m normfree.studies.coverage --out docs/coverage.md"))
     unexplained = [row.network for pair in rows for row in pair if row.exceptions and row.network not in EXPLAINED]
     if unexplained:
         raise SystemExit(f"not as they should be, and not explained: {', '.join(dict.fromkeys(unexplained))}")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from normfree.conversion import Change, convert
-from normfree.files import csv_text, read_csv, replacing
+from normfree.files.csv_tables import csv_text, read_csv
+from normfree.files.whole import write_whole
 from normfree.folding import fold, has_scaled_layers
 from normfree.studies.coverage import expected_variances
 from normfree.studies.package_networks import EXPLAINED, NETWORKS, Network
@@ -219,10 +220,8 @@ def main() -> None:
         known[row.network] = {name: str(value) for name, value in asdict(row).items()}
         order = {one.name: index for index, one in enumerate(NETWORKS)}
         rows = sorted(known.values(), key=lambda one: order.get(one["network"], len(order)))
-        with replacing(options.out) as path:
-            path.write_text(csv_text(_COLUMNS, rows), encoding="utf-8")
-        with replacing(options.out.with_suffix(".md")) as path:
-            path.write_text(render_page(rows), encoding="utf-8")
+        write_whole(options.out, csv_text(_COLUMNS, rows))
+        write_whole(options.out.with_suffix(".md"), render_page(rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from normfree.files import csv_text, replacing
+from normfree.files.csv_tables import csv_text
+from normfree.files.whole import write_whole
 from normfree.studies.charts import draw_signal_moments, draw_study
 from normfree.studies.study import Entry, Study
 
@@ -37,14 +38,10 @@ def build_table(study: Study, entries: Sequence[Entry], out: Path) -> tuple[list
 def write_results(study: Study, out: Path, entries: Sequence[Entry]) -> list[Path]:
     """Write results.csv, table.md, chart.png and, where the signal was measured, signal.png."""
     written = [out / "results.csv", out / "table.md"]
-    with replacing(written[0]) as path:
-        path.write_text(
-            csv_text(_COLUMNS, [dict(zip(_COLUMNS, _row(e), strict=True)) for e in entries]), encoding="utf-8"
-        )
+    write_whole(written[0], csv_text(_COLUMNS, [dict(zip(_COLUMNS, _row(e), strict=True)) for e in entries]))
     titles, rows = build_table(study, entries, out)
     lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
-    with replacing(written[1]) as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(written[1], "\n".join(lines) + "\n")
     if any(entry.accuracies for entry in entries):
         written.append(draw_study(study, entries, out / "chart.png"))
     if (out / "signal.csv").exists():

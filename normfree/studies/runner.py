@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from normfree.errors import NotFiniteError, SingleValueError
-from normfree.files import append_csv, read_csv
+from normfree.files.csv_tables import append_csv, read_csv
 from normfree.studies.results import write_results
 from normfree.studies.study import Cell, Entry, Study, TrainingRow
 from normfree.studies.trainings import TrainingTable, fingerprint

@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from normfree.files import append_csv, read_csv
+from normfree.files.csv_tables import append_csv, read_csv, reading_rows
 from normfree.studies.study import Cell, TrainingRow
 from normfree.training import Recipe
 
@@ -37,7 +37,7 @@ class TrainingTable:
     def read(self) -> list[TrainingRow]:
         """Read all rows but a last line that was interrupted. Raises ValueError for a file of something else."""
         _, rows = read_csv(self.path)
-        try:
+        with reading_rows(self.path):
             return [
                 TrainingRow(
                     row["recipe"], row["row"], row["column"], float(row["lr"]), int(row["seed"]),
@@ -45,8 +45,6 @@ class TrainingTable:
                 )
                 for row in rows
             ]  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} holds no trainings of a study ({error!r})") from error
 
     def add(self, training: TrainingRow) -> None:
         """Add one row, on the disk when this returns."""

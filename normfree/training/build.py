@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.errors import TrainingError
+from normfree.files.tensors import load_state, read_tensors
 from normfree.sources import model_factory
 from normfree.trace.inputs import first_layer, input_shape
 from normfree.trace.preparation import restoring_modes
@@ -66,15 +67,15 @@ def build(recipe: Recipe, data: Description) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """The parameters and buffers of a .safetensors file.
 
-    Raises FileNotFoundError where there is none, TrainingError for one that does not fit.
+    Raises FileNotFoundError where there is none, TrainingError for one that is damaged or does not fit.
     """
-    from safetensors.torch import load_model
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}")
     try:
-        load_model(model, str(path))
-    except Exception as error:  # safetensors has an error of its own
+        tensors, _ = read_tensors(path)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    try:
+        load_state(model, tensors)
+    except ValueError as error:
         raise TrainingError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,13 @@ from torch import nn
 
 from normfree.errors import NotFiniteError, TrainingError
 from normfree.signal.monitor import SignalMonitor
-from normfree.training.data.batches import Batch
+from normfree.training.data.batches import Batch, watching_workers
 from normfree.training.data.datasets import Data, load
 from normfree.training.evaluation import evaluate, too_many_unreadable
 from normfree.training.interruption import Interruption
 from normfree.training.metrics import Accuracy
 from normfree.training.nonfinite import locate_nonfinite
-from normfree.training.processes import accelerator_for, from_first, gather, on_any
+from normfree.training.processes import accelerator_for, from_first, gather, on_any, seed_everything
 from normfree.training.recipes import Recipe
 from normfree.training.run import folder
 from normfree.training.run.checkpoint import Position, read_position, restore
@@ -104,7 +105,7 @@ class Training:
         self.writer = RunWriter(recipe, out, accelerator, self.setup.network, self.screen)
         self.position = Position(parts=self._parts)
         self.accuracy: Accuracy | None = None
-        torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # of dropout and stochastic depth
+        seed_everything(recipe.seed + 1 + accelerator.process_index)  # of dropout and stochastic depth
         folder.check_data(recipe.data, self.setup.data.data, out)
         accelerator.wait_for_everyone()  # until every process has found the folder in order
         if accelerator.is_main_process:
@@ -120,7 +121,8 @@ class Training:
             if resume:
                 self._resume()
             self.writer.begin(self.position)
-            with self.screen as screen, self._monitor() as self.monitor:
+            watched = watching_workers(lambda: f", and go on with --resume auto; {self.writer.checkpoints.last_good()}")
+            with self.screen as screen, self._monitor() as self.monitor, watched:
                 screen.show_step(self.position.step)
                 self.setup.network.wrapped.train()
                 finished = self._epochs(interruption)
@@ -166,6 +168,13 @@ class Training:
                 f"{self.recipe.cut} it cannot go on"
             )
         restore(path, self.accelerator, self.setup.network.averaged)
+        threads = torch.get_num_threads()
+        if position.threads not in (0, threads) and self.accelerator.device.type == "cpu":
+            warnings.warn(
+                f"going on with {threads} threads, not {position.threads} as before: on CPUs sums are then rounded "
+                f"otherwise (OMP_NUM_THREADS={position.threads} goes on bit for bit)",
+                stacklevel=2,
+            )
         self.position = dataclasses.replace(position, parts=self._parts)
         self.writer.resumed(self.position)
         self.screen.print(f"going on after step {position.step} ({path})")

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from normfree.training.recipes import Recipe
@@ -17,6 +19,13 @@ def _on_cpus() -> bool:
     from accelerate.utils import parse_flag_from_env
 
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def seed_everything(seed: int) -> None:
+    """Set the random states of torch, numpy and Python: a model of the user's may draw from any of them."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def gather(value: Any) -> list[Any]:

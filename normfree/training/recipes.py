@@ -1,17 +1,14 @@
 """Recipes: every choice of a training in one frozen dataclass, and the paper's choices by name."""
 
 import dataclasses
-import functools
 import json
-import numbers
-import types
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from normfree.errors import suggest
-from normfree.files import check_format
+from normfree.files.documents import check_types, document_text, from_values, read_document
 
 FORMAT = 1
 """Number of config.json's format; it grows when a field changes its meaning."""
@@ -74,10 +71,7 @@ class Recipe:
     max_unreadable: int = 100  # images that cannot be read before the training stops
 
     def __post_init__(self) -> None:
-        for name, hint in _hints().items():
-            if not _is_of(getattr(self, name), hint):
-                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.Literal", "one of ")
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {kind}")
+        check_types(self)
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and not least <= value < 2**63:  # nor NaN
@@ -89,8 +83,6 @@ class Recipe:
             raise ValueError(f"crop_scale is {self.crop_scale}; it must be in (0, 1]")
         if self.clip_adaptive and self.clip_norm:
             raise ValueError("clip_adaptive and clip_norm are both given; choose one")
-        for name in ("model_args", "convert_args", "log"):  # JSON has no tuples
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -108,22 +100,20 @@ class Recipe:
 
     def to_json(self) -> str:
         """Write the recipe as the text of a file that `from_json` reads."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+        return document_text(dataclasses.asdict(self), format=FORMAT)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Recipe":
-        """Read the recipe of a config.json. Raises ValueError for another file or format, OSError where unreadable."""
+        """Read the recipe of a config.json; fields that it lacks have their defaults.
+
+        Raises ValueError for another file or format and for one that is not what was written, OSError where unreadable.
+        """
+        values = read_document(Path(path), "recipe", format=FORMAT)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            names = {f.name for f in dataclasses.fields(cls)}
-            if isinstance(values, dict):
-                check_format(values, FORMAT, "it")
-                values.pop("format", None)
-            if not isinstance(values, dict) or not {"model", "data"} <= set(values) <= names:
-                raise ValueError(f"its fields are no recipe's{_unknown(values, names)}")
-            return cls(**values | {"model": MOVED_FACTORIES.get(values["model"], values["model"])})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no recipe: {error}") from None
+            recipe = from_values(cls, values)
+        except ValueError as error:
+            raise ValueError(f"{path} is no recipe: {error}") from error
+        return replace(recipe, model=MOVED_FACTORIES.get(recipe.model, recipe.model))
 
 
 _LEAST = {
@@ -139,29 +129,6 @@ UNBOUND = (
     "accumulate", "workers", "evaluate_every", "checkpoint_every", "keep", "log_every", "log", "signal_every",
     "on_nonfinite", "max_unreadable",
 )  # fmt: skip
-
-
-@functools.cache
-def _hints() -> dict[str, Any]:
-    return get_type_hints(Recipe)
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of the type that a field declares; lists are tuples too, as JSON has none."""
-    arguments = get_args(hint)
-    if get_origin(hint) is types.UnionType:
-        return any(_is_of(value, argument) for argument in arguments)
-    if get_origin(hint) is Literal:
-        return value in arguments
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(_is_of(item, arguments[0]) for item in value)
-    abstract = {int: numbers.Integral, float: numbers.Real}.get(hint)
-    return isinstance(value, hint) if abstract is None else isinstance(value, abstract) and not isinstance(value, bool)
-
-
-def _unknown(values: Any, names: set[str]) -> str:
-    unknown = sorted(set(values) - names) if isinstance(values, dict) else []
-    return f" ({', '.join(unknown)})" if unknown else ""
 
 
 _IMAGENET = "imagefolder:imagenet"

@@ -23,6 +23,7 @@ from normfree.training.data.datasets import Data, Subset
 from normfree.training.data.mixing import Mixing
 from normfree.training.data.transforms import Normalization, training_transform
 from normfree.training.evaluation import testing_loader
+from normfree.training.processes import seed_everything
 from normfree.training.recipes import Recipe, parse_arguments
 
 _CALIBRATION = 64  # images that a conversion sets the signal on
@@ -85,7 +86,7 @@ def prepare(recipe: Recipe, accelerator: Any, data: Data) -> Setup:
     """
     count = recipe.train_images
     data = data if count is None else dataclasses.replace(data, train=Subset(data.train, count))
-    torch.manual_seed(recipe.seed)
+    seed_everything(recipe.seed)
     model = _build_model(recipe, accelerator, data)
     prepared = _prepare_data(recipe, accelerator, data, model)
     plan = None

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -232,7 +233,10 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     with pytest.raises(ValueError, match=r"suffix must be \.safetensors"):
         conversion.save(tmp_path / "free.pt")
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no conversion"):
+    with pytest.raises(ValueError, match=r"other\.safetensors is no \.safetensors file"):
+        load_converted(build("torchvision:resnet18"), tmp_path / "other.safetensors")
+    save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is no conversion: it has tensors, but no plan"):
         load_converted(build("torchvision:resnet18"), tmp_path / "other.safetensors")
 
 

@@ -48,18 +48,19 @@ def test_a_folder_of_no_network_of_ours_is_refused(tmp_path):
         from_pretrained(tmp_path)
     for content in ('{"family": "BertModel"}', "[]", "{}"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match="not one of NFResNet"):
+        with pytest.raises(ValueError, match=r"not? .*network that save_pretrained wrote"):
             from_pretrained(tmp_path)
     create_model("nf_resnet26", width=0.25).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="widths"):
+    with pytest.raises(ValueError, match="is of a NFResNet, not of a NFRegNet"):
         NFRegNet.from_pretrained(tmp_path)
 
 
 def test_a_file_without_all_parameters_is_refused_with_their_names(tmp_path):
     create_model("nf_resnet26", width=0.25).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
+    del described["checksum"]
     (tmp_path / "config.json").write_text(json.dumps(described | {"depths": [3, 2, 2, 2]}))
-    with pytest.raises(RuntimeError, match=r"stages\.0\.2"):
+    with pytest.raises(ValueError, match=r"stages\.0\.2"):
         from_pretrained(tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from normfree import characterize, create_model
 from tests.helpers import reference_json, slow_but, watch_blocks
 
-SEEDS = 12
+SEEDS = {"bn_resnet288": 6, "bn_resnet288_postact": 6}  # of a minute each; else 12
 NETWORKS = {
     "NF_ResNet50-w4-relu": ("nf_resnet50", {}),
     "NF_ResNet50-w4-silu": ("nf_resnet50", {"activation": "silu"}),
@@ -33,6 +33,7 @@ ACTIVATED = ("ResNet50-BN-postact-w4", "ResNet288-BN-postact-w4", "FixUp_ResNet5
 @pytest.mark.parametrize("case", slow_but({"NF_ResNet50-w4-relu", "NF_RegNet-B0-w0.75-silu"}, NETWORKS))
 def test_every_block_has_the_authors_signal(case):
     name, arguments = NETWORKS[case]
+    seeds = SEEDS.get(name, 12)
     expected = reference_json("spp_reference.json")[case]
     shape = (expected["input_shape"][0], 3, *expected["input_shape"][1:3])
     outputs = []  # of every block, per seed, in the first run of each network
@@ -46,7 +47,7 @@ def test_every_block_has_the_authors_signal(case):
     report = characterize(
         factory,
         lambda model: torch.randn(shape),
-        seeds=SEEDS,
+        seeds=seeds,
         open_branches="gain0" not in case,
     )
     assert len(report) == expected["n_blocks"]
@@ -64,7 +65,7 @@ def test_every_block_has_the_authors_signal(case):
             ("variance", expected["avg_var_mean"][k + 1]),
             ("residual_variance", expected["res_avg_var_mean"][k]),
         ):
-            bound = 0.01 * value + 4 * spreads[field] * math.sqrt(1 / 3 + 1 / SEEDS)
+            bound = 0.01 * value + 4 * spreads[field] * math.sqrt(1 / 3 + 1 / seeds)
             assert abs(means[field] - value) <= bound, (
                 f"{case}, block {k} ({record.name}): {field}={means[field]:.5g}, expected {value:.5g} ± {bound:.2g}"
             )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normfree.conversion import Change
-from normfree.files import read_csv
+from normfree.files.csv_tables import read_csv
 from normfree.studies import packages
 from normfree.studies.package_networks import EXPLAINED, NETWORKS
 from normfree.studies.packages import exceptions_of, main, measure, render_page

@@ -140,7 +140,7 @@ def test_asked_to_stop_while_a_training_ends_it_begins_no_other(tmp_path, monkey
 
 def test_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "trainings.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"trainings\.csv holds no trainings of a study"):
+    with pytest.raises(ValueError, match=r"trainings\.csv is no table of this kind, .*: it has no column 'recipe'"):
         read_entries(define_study("depth", "digits", "toy"), tmp_path, 1)
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,18 +250,21 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_files_before(tmp_path, monkey
         raise SafetensorError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accelerate.Accelerator.save", lambda self, *given, **arguments: full(*given, **arguments))
+        patch.setattr("normfree.files.tensors.save_file", full)
         with pytest.raises(TrainingError, match=r"cannot write .*model\.safetensors: No space left"):
             train(TINY, out, resume="auto", quiet=True)
     assert (out / "model.safetensors").read_bytes() == before
 
-    def full_of_charts(chart, path):
-        path.write_bytes(b"cut off")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full_of_charts(path, content):
+        before_it_is_full(path, content[:7] if path.suffix == ".png" else content)
+        if path.suffix == ".png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before_it_is_full = Path.write_bytes
 
     chart = (out / "curves.png").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("normfree.training.run.curves.write_chart", full_of_charts)
+        patch.setattr(Path, "write_bytes", full_of_charts)
         with pytest.raises(TrainingError, match=r"cannot write .*curves\.png: .*No space left"):
             train(TINY, out, resume="auto", quiet=True)
     assert (out / "curves.png").read_bytes() == chart

@@ -4,14 +4,17 @@ Nothing here depends on how many processes, accumulated parts or loading workers
 """
 
 import contextlib
+import multiprocessing
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -223,6 +226,19 @@ class Loader(DataLoader[Example]):
             self._iterator = None
 
 
+@contextlib.contextmanager
+def watching_workers(advice: Callable[[], str]) -> Iterator[None]:
+    """Say what a dead worker means, with advice: TrainingError. Torch tells of it amid whatever is done just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that loads images has died, as where memory is wanting: take fewer workers{advice()}"
+        ) from error
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ignore signals: one to all processes must not take the loading away from the last steps."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -241,5 +257,16 @@ def loader(
     return Loader(
         examples, batch_sampler=parts, num_workers=workers, collate_fn=collate, pin_memory=pin,
         persistent_workers=workers > 0, worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0), multiprocessing_context=_start_method() if workers else None,
     )  # fmt: skip
+
+
+def _start_method() -> str | None:
+    """Start workers from a process of its own where a fork may wait for ever, else as Python does.
+
+    It may where other threads, as those of gloo, enter and leave Python: python/cpython#112275, mended in 3.11.10.
+    """
+    if sys.version_info >= (3, 11, 10) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    multiprocessing.set_forkserver_preload(["normfree.training"])
+    return "forkserver"

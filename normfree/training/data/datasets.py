@@ -1,10 +1,7 @@
 """Data sets by name: images with labels, for training and for testing."""
 
-import gzip
-import math
 import os
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from normfree.errors import suggest
+from normfree.files.whole import require_file
 from normfree.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, to_rgb
 from normfree.training.data.instances import instances
+from normfree.training.data.mnist_format import read_idx
 from normfree.training.data.shards import Shards, find_shards
 
 FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
@@ -173,7 +172,7 @@ def _load_fashion_mnist(path: str) -> Data:
 
     def part(prefix: str) -> ArrayImages:
         paths = folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte"
-        images, labels = map(_read_idx, paths)
+        images, labels = map(read_idx, paths)
         if images.shape[1:] != (28, 28):
             raise ValueError(f"{paths[0]} holds images of shape {images.shape[1:]}, not (28, 28)")
         if labels.shape != images.shape[:1]:
@@ -183,23 +182,6 @@ def _load_fashion_mnist(path: str) -> Data:
         return ArrayImages(images, labels.tolist())
 
     return Data(10, (0.286,), (0.353,), _CLOTHES, train=part("train"), test=part("t10k"))
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """The bytes of a file in MNIST's format, gzipped or not, in their shape."""
-    packed = path.with_name(path.name + ".gz")
-    try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-        # A magic number (0, 0, the type, the number of dimensions), and a number per dimension.
-        if data[:3] != bytes((0, 0, 8)):
-            raise ValueError(f"it begins with {data[:3].hex(' ')}, not 00 00 08, unsigned bytes")
-        values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-        shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
-    except (EOFError, IndexError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} is no file of MNIST's format, or cut off: {error}") from error
-    if values.size != math.prod(shape.tolist()):
-        raise ValueError(f"{path} is cut off: {values.size} values, not {math.prod(shape.tolist())}")
-    return values.reshape(shape.tolist())
 
 
 def _load_shards(folder: Path, prefix: str) -> Data:
@@ -251,6 +233,8 @@ class TimmImages:
         if self.reader is None:
             image, label = self.dataset[index]
             return to_rgb(image), int(label)
+        if (path := Path(self.name(index))).exists():
+            require_file(path)
         file, label = self.reader[index]
         with file, Image.open(file) as image:
             return to_rgb(image), int(label)

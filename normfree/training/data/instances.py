@@ -5,14 +5,17 @@ import io
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from normfree.files.whole import require_file
 from normfree.images import SUFFIXES, to_rgb
+
+_LARGEST = 2**28  # bytes of an image in an archive
 
 # What a file that is no image, a truncated one, or one of a broken format raises in Pillow.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
@@ -64,7 +67,7 @@ def instances(path: Path) -> tuple[Instances, Instances]:
     """Training images, left halves, and test images, two squares of the right half, of a folder or a .zip.
 
     Near-duplicates and flat images are left out, and those that cannot be read, with a warning. Raises
-    FileNotFoundError where there is neither, ValueError for fewer than two images.
+    FileNotFoundError where there is neither, ValueError for fewer than two images and for an archive that is damaged.
     """
     images, names = _distinct(_images_of(path))
     if len(images) < 2:
@@ -75,19 +78,10 @@ def instances(path: Path) -> tuple[Instances, Instances]:
 
 def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
     """Read the images of a folder or an archive, RGB, in the order of their names, at most 256 pixels high."""
-    files: list[tuple[str, Any]]
-    if path.is_dir():
-        files = [(str(p), p) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
-        files = [(name, name) for name in names]
-    else:
-        raise FileNotFoundError(f"there is no folder or .zip of images at {path}")
     found, unreadable = [], []
-    for name, file in files:
+    for name, read in _files_of(path):
         try:
-            with Image.open(file if path.is_dir() else io.BytesIO(archive.read(file))) as opened:
+            with Image.open(read()) as opened:
                 image = to_rgb(opened)
         except (*UNREADABLE, zipfile.BadZipFile, zlib.error):
             unreadable.append(name)
@@ -100,6 +94,35 @@ def _images_of(path: Path) -> list[tuple[str, Image.Image]]:
     if unreadable:
         warnings.warn(f"cannot read {len(unreadable)} images of {path}: {', '.join(unreadable[:5])}", stacklevel=2)
     return found
+
+
+def _files_of(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the name of every image's file, and a function that gives what Pillow opens."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in SUFFIXES and file.is_file():
+                yield str(file), functools.partial(Path, file)
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder or .zip of images at {path}")
+    require_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES):
+                yield name, functools.partial(_member, archive, name)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no .zip of images, or a damaged one: {error}") from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> io.BytesIO:
+    """Read one file of an archive. Raises OSError for one that is larger than an image is, or that is encrypted."""
+    if archive.getinfo(name).file_size > _LARGEST:
+        raise OSError(f"{name} is unpacked larger than {_LARGEST:,} bytes")
+    try:
+        with archive.open(name) as member:
+            return io.BytesIO(member.read(_LARGEST))
+    except RuntimeError as error:  # encrypted, or NotImplementedError: of an unusual compression
+        raise OSError(f"{name} cannot be unpacked: {error}") from error
 
 
 def _distinct(images: list[tuple[str, Image.Image]]) -> tuple[list[Image.Image], list[str]]:

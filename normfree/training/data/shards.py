@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from normfree.files.whole import require_file
 from normfree.images import SUFFIXES, to_rgb
 
 
@@ -73,6 +74,7 @@ def _samples(shard: int, path: Path) -> Iterator[tuple[_Member, int]]:
     """The images of a shard with their labels, in its order."""
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
+    require_file(path)
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:

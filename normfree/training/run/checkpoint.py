@@ -2,18 +2,18 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from normfree.errors import TrainingError
-from normfree.files import check_format, sync
+from normfree.files.documents import document_text, from_values, read_document
+from normfree.files.tensors import read_tensors, write_tensors
+from normfree.files.whole import reason, sync, write_whole
 from normfree.training.recipes import Recipe
 from normfree.training.run.folder import RECIPE
 from normfree.training.sharding import load_full_state
@@ -36,6 +36,7 @@ class Position:
     best: float = -1.0  # highest accuracy of an evaluation so far, in percent
     best_step: int = -1
     unreadable: tuple[str, ...] = ()
+    threads: int = 0  # of the first process's torch, on which the last bits depend; 0: not known
 
 
 class Checkpoints:
@@ -63,9 +64,9 @@ class Checkpoints:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 if weights is not None:
-                    save_file({name: t.contiguous() for name, t in weights.items()}, temporary / _AVERAGED)
-                (temporary / RECIPE).write_text(self.recipe.to_json(), encoding="utf-8")
-                (temporary / _POSITION).write_text(json.dumps({"format": FORMAT, **asdict(position)}, indent=2) + "\n")
+                    write_tensors(temporary / _AVERAGED, weights)
+                write_whole(temporary / RECIPE, self.recipe.to_json())
+                write_whole(temporary / _POSITION, document_text(asdict(position), format=FORMAT))
                 _seal(temporary)
                 replaced = self.folder / f".writing_{position.step:08d}_before"
                 if final.exists():
@@ -76,9 +77,10 @@ class Checkpoints:
                 self._forget(position)
             accelerator.wait_for_everyone()
         except Exception as error:  # torch and safetensors have errors of their own for a full disk
+            words = reason(error, self.folder)
             with contextlib.suppress(OSError):
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise TrainingError(f"cannot write a checkpoint to {self.folder}: {error}; {self.last_good()}") from error
+            raise TrainingError(f"cannot write a checkpoint to {self.folder}: {words}; {self.last_good()}") from error
         return final
 
     def _forget(self, position: Position) -> None:
@@ -115,11 +117,9 @@ class Checkpoints:
 def read_position(path: Path) -> Position:
     """Read at which position the checkpoint was written. Raises TrainingError for a file that is none of ours."""
     try:
-        values = json.loads((path / _POSITION).read_text())
-        check_format(values, FORMAT, f"{path / _POSITION}")
-        values.pop("format", None)
-        return Position(**values | {"unreadable": tuple(values["unreadable"])})
-    except (AttributeError, OSError, ValueError, TypeError, KeyError) as error:
+        values = read_document(path / _POSITION, "checkpoint's position", format=FORMAT)
+        return from_values(Position, values, needed=[f.name for f in fields(Position) if f.name != "threads"])
+    except (OSError, ValueError) as error:
         raise TrainingError(f"{path} is no checkpoint of normfree: {error}") from error
 
 
@@ -144,7 +144,7 @@ def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> N
             load(states)
         accelerator.load_state(str(path))
         if averaged is not None:
-            load_full_state(averaged, load_file(path / _AVERAGED))
+            load_full_state(averaged, read_tensors(path / _AVERAGED)[0])
     except Exception as error:
         raise TrainingError(f"{path} does not fit this training: {error}") from error
 
@@ -152,7 +152,9 @@ def restore(path: Path, accelerator: Any, averaged: torch.nn.Module | None) -> N
 def find_damage(path: Path) -> str | None:
     """Say what is wrong with the files of a checkpoint, or None."""
     try:
-        files: Mapping[str, Any] = json.loads((path / _MANIFEST).read_text())["files"]
+        files: dict[str, Any] = read_document(path / _MANIFEST, "list of a checkpoint's files")["files"]
+        if missing := {RECIPE, _POSITION} - files.keys():
+            return f"{_MANIFEST} does not list {min(missing)}"
         for name, expected in files.items():
             file = path / name
             if not file.is_file():
@@ -161,7 +163,7 @@ def find_damage(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
             if _digest(file) != expected["blake2b"]:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         return f"{_MANIFEST} cannot be read ({error})"
     return None
 
@@ -172,9 +174,7 @@ def _seal(folder: Path) -> None:
     for file in _files(folder):
         files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "blake2b": _digest(file)}
         sync(file)
-    (folder / _MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-    sync(folder / _MANIFEST)
-    sync(folder)
+    write_whole(folder / _MANIFEST, document_text({"files": files}))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.files import read_csv
+from normfree.files.csv_tables import read_csv, reading_rows
 from normfree.plotting import COLORS, altair, write_chart
 
 
@@ -26,12 +26,19 @@ def read_curves(run: Path) -> list[dict[str, Any]]:
     _, rows = read_csv(run / "metrics.csv")
     if not rows:
         raise OSError(f"{run} has no metrics.csv with rows")
-    return [
-        {"run": run.name, "of": _KINDS[row["kind"]], "step": int(row["step"]), "what": what, "value": float(row[what])}
-        for row in rows
-        for what in ("loss", "top1")
-        if row[what]
-    ]
+    with reading_rows(run / "metrics.csv"):
+        return [
+            {
+                "run": run.name,
+                "of": _KINDS[row["kind"]],
+                "step": int(row["step"]),
+                "what": what,
+                "value": float(row[what]),
+            }
+            for row in rows
+            for what in ("loss", "top1")
+            if row[what]
+        ]
 
 
 def _chart(alt: Any, values: list[dict[str, Any]], several: bool) -> Any:

@@ -1,12 +1,12 @@
 """Descriptions in a run's folder: its recipe, the data that its network knows, and its conversion."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from normfree.conversion import Plan
-from normfree.files import replacing
+from normfree.files.documents import LARGEST, check_types, document_text, read_document
+from normfree.files.whole import read_whole, write_whole
 from normfree.training.data.datasets import Data, Description
 from normfree.training.recipes import UNBOUND, Recipe
 
@@ -55,12 +55,12 @@ def check_data(spec: str, data: Data, out: Path) -> None:
 
 def write_run(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
     """Write the descriptions. Raises TrainingError where they cannot be written."""
-    texts = {RECIPE: recipe.to_json(), DATA: json.dumps(_description(data), ensure_ascii=False) + "\n"}
+    texts = {RECIPE: recipe.to_json(), DATA: document_text(_description(data))}
     if plan is not None:
-        texts[PLAN] = plan.to_json() + "\n"
+        texts[PLAN] = plan.to_json()
+    out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        with replacing(out / name) as path:
-            path.write_text(text, encoding="utf-8")
+        write_whole(out / name, text)
 
 
 def read_run(run: Path) -> tuple[Recipe, Description]:
@@ -68,9 +68,16 @@ def read_run(run: Path) -> tuple[Recipe, Description]:
     recipe = Recipe.from_json(run / RECIPE)
     known = _read_description(run)
     try:
-        return recipe, Description(known["classes"], *(tuple(known[name]) for name in ("mean", "std", "names")))
-    except (KeyError, TypeError) as error:
+        description = Description(*(known[name] for name in ("classes", "mean", "std", "names")))
+        check_types(description)
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{run} has no {DATA} of a run ({error!r})") from error
+    return recipe, description
+
+
+def read_plan(run: Path) -> Plan:
+    """Read the plan of the run's conversion. Raises ValueError for one that is damaged, OSError where it is not."""
+    return Plan.from_json(read_whole(run / PLAN, largest=LARGEST), str(run / PLAN))
 
 
 def _description(data: Data) -> dict[str, Any]:
@@ -82,9 +89,6 @@ def _description(data: Data) -> dict[str, Any]:
 
 def _read_description(run: Path) -> dict[str, Any]:
     try:
-        known = json.loads((run / DATA).read_text(encoding="utf-8"))
-        if isinstance(known, dict):
-            return known
-        raise ValueError(f"a {type(known).__name__}")
-    except (OSError, ValueError) as error:
+        return read_document(run / DATA, "description of a run's data")
+    except OSError as error:
         raise ValueError(f"{run} has no {DATA} of a run ({error})") from error

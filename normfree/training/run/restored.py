@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from normfree.conversion.plan import Plan
 from normfree.conversion.replacement import apply_plan
 from normfree.errors import TrainingError
 from normfree.training.build import build, image_sizes, load_weights, model_channels
 from normfree.training.data import load
+from normfree.training.data.batches import watching_workers
 from normfree.training.data.transforms import Normalization
 from normfree.training.evaluation import evaluate, testing_loader, too_many_unreadable
 from normfree.training.metrics import Accuracy
@@ -50,7 +50,7 @@ def load_run(run: str | Path, *, weights: str | Path | None = None, trusted_mode
         raise ValueError(f"trusted_model is {trusted_model}, but {run} is a run of {recipe.model}")
     network = build(recipe, described)
     if recipe.convert:
-        apply_plan(Plan.from_json((run / folder.PLAN).read_text(encoding="utf-8")), network)
+        apply_plan(folder.read_plan(run), network)
     if weights is None:
         weights = holder / ("model_ema.safetensors" if recipe.ema else "model.safetensors")
         if not weights.exists():
@@ -106,7 +106,8 @@ def evaluate_run(
     with accelerator_for(replace(recipe, log=()), _run_of(run)) as accelerator:
         size, channels = image_sizes(recipe, network)[1], model_channels(network, known)
         normalized = Normalization(known, channels, next(network.parameters()).dtype)
-        with contextlib.closing(testing_loader(recipe, tested, size, channels, accelerator)) as batches:
+        loaded = testing_loader(recipe, tested, size, channels, accelerator)
+        with watching_workers(str), contextlib.closing(loaded) as batches:
             accuracy, unreadable = evaluate(
                 network.to(accelerator.device), batches, accelerator, normalized, advance=advance
             )

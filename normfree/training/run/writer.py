@@ -2,11 +2,15 @@
 
 import dataclasses
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-from normfree.errors import NotFiniteError
-from normfree.files import Table, replacing
+import torch
+
+from normfree.errors import ChartError, NotFiniteError
+from normfree.files.csv_tables import Table
+from normfree.files.tensors import write_tensors
 from normfree.signal.monitor import SignalMonitor
 from normfree.training.recipes import Recipe
 from normfree.training.run.checkpoint import Checkpoints, Position
@@ -69,7 +73,7 @@ class RunWriter:
                 raise NotFiniteError(
                     f"the parameter {name} is not finite after step {position.step}; {self.checkpoints.last_good()}"
                 )
-        self.saved = dataclasses.replace(position, seconds=self.seconds)
+        self.saved = dataclasses.replace(position, seconds=self.seconds, threads=torch.get_num_threads())
         self.checkpoints.save(self.accelerator, self.saved, self.network.averaged)
         return self.saved
 
@@ -79,12 +83,12 @@ class RunWriter:
             if model is not None:
                 weights = self.accelerator.get_state_dict(model)  # by all processes
                 if self.accelerator.is_main_process:
-                    with replacing(self.out / f"{name}.safetensors") as path:
-                        self.accelerator.save(weights, path, safe_serialization=True)
+                    write_tensors(self.out / f"{name}.safetensors", weights)
         if not self.accelerator.is_main_process:
             return
-        with replacing(self.out / "curves.png") as path:
-            draw_curves([self.out], path)
-        if monitor is not None and monitor.rows:
-            with replacing(self.out / "signal.png") as path:
-                monitor.draw(path)
+        try:
+            draw_curves([self.out], self.out / "curves.png")
+            if monitor is not None and monitor.rows:
+                monitor.draw(self.out / "signal.png")
+        except ChartError as error:
+            warnings.warn(str(error), stacklevel=2)

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or not there."""
 
 import dataclasses
-import json
 import os
 import pickle
 import shutil
@@ -13,7 +12,7 @@ import torch
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, train
 from normfree.training.run import checkpoint
-from normfree.training.run.checkpoint import Checkpoints, Position, find_damage
+from normfree.training.run.checkpoint import Checkpoints, Position, _seal, find_damage
 
 RECIPE = dataclasses.replace(
     RECIPES["digits"], model_args=("width=0.25",), epochs=1, batch=200, lr=0.1, log_every=4, checkpoint_every=2, keep=3
@@ -112,10 +111,9 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     out = tmp_path / "run"
     train(RECIPE, out, quiet=True)
     newest = max((out / "checkpoints").iterdir())
-    manifest = json.loads((newest / "manifest.json").read_text())
-    del manifest["files"]["position.json"]
-    (newest / "manifest.json").write_text(json.dumps(manifest))
     (newest / "position.json").write_text('{"step": 1, "who": "knows"}')
+    (newest / "manifest.json").unlink()
+    _seal(newest)
     with pytest.raises(TrainingError, match="is no checkpoint of normfree"):
         train(RECIPE, out, resume="auto", quiet=True)
 
