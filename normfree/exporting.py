@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normfree.arguments import checked
 from normfree.extras import require_extra
 from normfree.files.whole import replacing
 from normfree.folding import fold, has_scaled_layers
@@ -31,6 +32,7 @@ class Exported:
 
 
 @exclusively
+@checked
 def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[int, int] = 224) -> Exported:
     """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, and run the file to check it.
 

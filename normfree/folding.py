@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.arguments import checked
 from normfree.nn.padding import SameConv1d, SameConv2d, SameConv3d
 from normfree.nn.scaled_layer import ScaledWS
-from normfree.nn.surgery import constructor_arguments, copied, kind_of, replace_modules
+from normfree.nn.surgery import constructor_arguments, copied, kind_of, refuse_sharded, replace_modules
 from normfree.nn.weight_pass import detach
 
 # Torch's classes know SAME padding without a stride only.
@@ -24,6 +25,7 @@ _DROPPED = (
 )  # fmt: skip
 
 
+@checked
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Put a plain layer in the place of every `ScaledWS…` and of timm's `ScaledStdConv2d` and `StdConv2d`.
 
@@ -40,11 +42,11 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         The folded network.
 
     Raises:
-        ValueError: Where there is nothing to fold.
+        ValueError: Where there is nothing to fold, and for sharded parameters; the model is then as it was.
         TypeError: For a model that cannot be copied.
     """
+    refuse_sharded(model)
     model = model if inplace else copied(model)
-    model.eval()
     replacements: dict[nn.Module, Any] = {}  # a module that stands in several places stays one module
     for module in list(model.modules()):
         if (plain := _folded(module)) is not None:
@@ -52,7 +54,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not replacements:
         raise ValueError(f"{type(model).__name__} has no layer with scaled standardized weights: nothing to fold")
     detach(model)
-    return replace_modules(model, replacements, dropped=_DROPPED)
+    return replace_modules(model, replacements, dropped=_DROPPED).eval()
 
 
 def has_scaled_layers(model: nn.Module) -> bool:

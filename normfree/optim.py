@@ -5,7 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from normfree.arguments import checked
 
+
+@checked
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Make parameter groups for an optimizer: gains, biases, skip gains and normalizers do not decay.
 

@@ -81,7 +81,7 @@ def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
         try:
             with _current_folder_searched():  # a factory may import more
                 model = factory(*args, **kwargs)
-        except Exception as error:  # it may raise anything
+        except (Exception, SystemExit) as error:  # it may raise anything
             raise _said_where(error, f"{module_name}:{attribute}") from error
         if not isinstance(model, nn.Module):
             raise ValueError(f"{module_name}:{attribute} made a {type(model).__name__}; it must make a torch.nn.Module")
@@ -90,7 +90,7 @@ def _from_module(module_name: str, attribute: str) -> Callable[[], nn.Module]:
     return checked
 
 
-def _said_where(error: Exception, name: str) -> Exception:
+def _said_where(error: BaseException, name: str) -> Exception:
     """Make an error that names the line at which a function of the user's raised; TypeError for wrong arguments."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, TypeError) and last.filename == __file__:  # it was not entered
@@ -116,7 +116,7 @@ def _current_folder_searched() -> Iterator[None]:
 def _import(name: str, message: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = "" if last.filename.startswith("<frozen") else f", {last.filename}, line {last.lineno}"
         raise ImportError(f"{message} ({type(error).__name__}: {error}{place})") from error

@@ -22,16 +22,16 @@ TRITON = {"normfree.nn.fused", "normfree.nn.fused_kernels"}
 IMPORTABLE = sorted(MODULES.keys() - TRITON - {"normfree.__main__"})
 
 # The floors, bottom up: what each may import of the package besides itself; nothing points back.
-GROUND = {"_torch", "errors", "extras", "files", "images", "optim", "plotting"}
+GROUND = {"_torch", "arguments", "errors", "extras", "files", "images", "optim", "plotting"}
 FLOORS = {
-    **{part: {"_torch", "errors", "extras", "files"} for part in GROUND},
-    "nn": {"_torch"},
+    **{part: {"_torch", "arguments", "errors", "extras", "files"} for part in GROUND},
+    "nn": {"_torch", "arguments"},
     "trace": {"_torch", "errors"},
     "signal": GROUND | {"trace"},
     "models": GROUND | {"nn"},
-    "folding": {"nn"},
+    "folding": {"arguments", "nn"},
     "conversion": GROUND | {"folding", "nn", "signal", "trace"},
-    "exporting": {"extras", "files", "folding", "trace"},
+    "exporting": {"arguments", "extras", "files", "folding", "trace"},
     "privacy": {"nn"},
     "sources": {"errors", "models"},
     "training": GROUND | {"conversion", "models", "nn", "signal", "sources", "trace"},

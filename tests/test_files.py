@@ -2,21 +2,26 @@
 
 import errno
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from normfree.conversion.plan import Plan, PlannedLayer, RemovedNorm
 from normfree.errors import TrainingError
 from normfree.files.csv_tables import Table, append_csv, csv_text, read_csv
-from normfree.files.documents import check_format
-from normfree.files.whole import replacing
+from normfree.files.documents import check_format, document_text, read_document
+from normfree.files.tensors import load_state, read_tensors, write_tensors
+from normfree.files.whole import read_whole, replacing, write_whole
 from normfree.training import RECIPES, Recipe
 from normfree.training.run.checkpoint import Position, read_position
+from tests.helpers import assert_same_state
 
 COLUMNS = ("step", "kind", "loss")
 
@@ -219,6 +224,118 @@ def test_a_table_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.csv").mkdir()
     with pytest.raises(TrainingError, match=r"cannot write .*metrics\.csv"):
         Table(tmp_path / "metrics.csv", COLUMNS).add({"step": 1})
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b'"', b"1,train,0.5,more\n"])
+def test_a_damaged_table_is_refused_with_its_name(damage, tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(csv_text(COLUMNS, [{"step": 1}]).encode() + damage + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv is no table, or a damaged one"):
+        read_csv(path)
+    path.write_text("step,kind,loss\nx,train,0.5\n")
+    with pytest.raises(ValueError, match=r"metrics\.csv is no table of this kind, or a damaged one: .*'x'"):
+        Table(path, COLUMNS).cut_back(3)
+
+
+# ---- documents
+
+
+def test_a_document_is_read_as_it_was_written_and_no_other_way(tmp_path):
+    path = tmp_path / "it.json"
+    values = {"a": 1, "b": [0.1, None, "ä"], "c": {"d": True}}
+    path.write_text(document_text(values, format=3))
+    assert read_document(path, "document", format=3) == values
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))  # in another order
+    assert read_document(path, "document", format=3) == values
+    written = json.loads(path.read_text())
+    for changed in ({**written, "a": 2}, {k: v for k, v in written.items() if k != "b"}, {**written, "e": 1}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"it\.json is not what was written .*remove its line `checksum`"):
+            read_document(path, "document", format=3)
+    del written["checksum"]
+    path.write_text(json.dumps({**written, "a": 2}))
+    assert read_document(path, "document", format=3)["a"] == 2
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "", "[]", "{", "\xff", "null"])
+def test_what_is_no_document_is_refused_with_its_name(text, tmp_path):
+    path = tmp_path / "it.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"it\.json is no document"):
+        read_document(path, "document")
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name, words in (("pipe", "a device or a pipe"), ("endless", "a device or a pipe"), (".", "a folder")):
+        with pytest.raises(ValueError, match=f"is no file but {words}"):
+            read_whole(tmp_path / name, largest=100)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_whole(tmp_path / "nothing", largest=100)
+    (tmp_path / "large").write_bytes(bytes(101))
+    with pytest.raises(ValueError, match="has 101 bytes; such a file has at most 100"):
+        read_whole(tmp_path / "large", largest=100)
+
+
+def test_a_link_stays_a_link_when_its_file_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+    write_whole(tmp_path / "link", "words")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "file").read_text() == "words"
+
+
+# ---- tensors
+
+
+def tensors():
+    torch.manual_seed(0)
+    shared = torch.randn(3, 4)
+    return {
+        "a": shared, "b": torch.arange(3), "empty": torch.empty(0, 2), "scalar": torch.tensor(1.5),
+        "half": torch.ones(2, dtype=torch.bfloat16), "flag": torch.tensor([True, False]), "view": shared[1:],
+        "column": torch.randn(4, 4)[:, 1],
+    }  # fmt: skip
+
+
+def test_tensors_are_read_as_they_were_written_and_no_other_way(tmp_path):
+    path = tmp_path / "it.safetensors"
+    write_tensors(path, tensors(), {"what": "some"})
+    read, described = read_tensors(path)
+    assert described == {"what": "some"}
+    assert_same_state(read, tensors())
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, whole.index(b"some"), whole.index(b"BF16")):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"it\.safetensors is (not what was written|no \.safetensors file)"):
+            read_tensors(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"it\.safetensors is no \.safetensors file, or cut off"):
+        read_tensors(path)
+
+
+def test_tensors_of_others_are_read_unless_they_are_no_numbers(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.tensor(float("inf"))}, tmp_path / "it.safetensors")
+    assert set(read_tensors(tmp_path / "it.safetensors")[0]) == {"a", "b"}
+    save_file({"a": torch.tensor(float("nan"))}, tmp_path / "it.safetensors")
+    with pytest.raises(ValueError, match="has values that are no numbers in a"):
+        read_tensors(tmp_path / "it.safetensors")
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    model = torch.nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for state, words in (
+        ({"weight": torch.ones(2, 2)}, "it lacks bias, and has nothing besides"),
+        ({**before, "more": torch.ones(1)}, "it lacks nothing, and has more besides"),
+        ({"bias": torch.ones(2), "weight": torch.ones(2, 3)}, r"weight is \(2, 3\) there and \(2, 2\) here"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_state(model, state)
+        assert_same_state(model.state_dict(), before)
+    with pytest.raises(ValueError, match="a of the state is a dict"):
+        write_tensors(Path("never"), {"a": {}})
 
 
 # ---- formats

@@ -6,9 +6,10 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.distributed.fsdp
 from torch import nn
 
-from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, create_model, fold
+from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, convert, create_model, fold
 from normfree.folding import has_scaled_layers
 from normfree.nn import ScaledWSLinear
 from normfree.nn.padding import SameConv2d
@@ -162,3 +163,23 @@ def test_copied_compiled_and_exported_a_folded_network_computes_the_same():
 def test_a_network_with_nothing_to_fold_is_refused():
     with pytest.raises(ValueError, match="nothing to fold"):
         fold(nn.Conv2d(3, 3, 1))
+
+
+def test_what_cannot_be_folded_is_left_as_it_is():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="nothing to fold"):
+        fold(model, inplace=True)
+    assert model.training
+
+
+def test_sharded_networks_are_refused_by_the_name_of_a_parameter(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        for call in (fold, lambda model: convert(model, torch.randn(2, 3, 8, 8))):
+            with pytest.raises(ValueError, match=r"0\.weight is sharded over processes: take the network before"):
+                call(model)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -6,6 +6,8 @@ import platform
 import shutil
 import sys
 
+_PLACES = ("--out", "--report", "--weights")
+
 
 def main() -> None:
     """Run the command that the arguments name; a fault that the user can mend is one sentence and exit code 2."""
@@ -47,6 +49,9 @@ def _run(arguments: list[str]) -> None:
         versions = (importlib.metadata.version(name) for name in ("normfree", "torch"))
         print("normfree {}, torch {}, Python {}".format(*versions, platform.python_version()))
         return
+    for option, value in zip(arguments, [*arguments[1:], None], strict=True):
+        if (option in _PLACES and value == "") or option in [f"{place}=" for place in _PLACES]:
+            raise ValueError(f"{option.rstrip('=')} is empty: name a place")  # as a path it would be this folder
     import tyro
 
     from normfree.cli.bench import bench

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from normfree.arguments import checked
 from normfree.conversion.calibration import CLOSE, calibrate
 from normfree.conversion.comparison import observe, refuse_difference
 from normfree.conversion.decision import affine_norms, kept_norms, list_changes, make_plan
@@ -20,7 +21,7 @@ from normfree.conversion.replacement import apply_plan
 from normfree.conversion.saving import save
 from normfree.conversion.structure import norm_paths, read_structure
 from normfree.errors import SignalError
-from normfree.nn.surgery import copied
+from normfree.nn.surgery import copied, refuse_sharded
 from normfree.signal import SignalReport, characterize
 from normfree.signal.measurement import characterize_on_tape
 from normfree.trace.inputs import as_call, examples
@@ -95,6 +96,7 @@ class Conversion:
 
 @exclusively
 @torch.inference_mode(mode=False)
+@checked
 def convert(
     model: nn.Module,
     images: Any,
@@ -205,6 +207,7 @@ def _check(
     if alpha is not None and keep == "function":
         raise ValueError(f"alpha is {alpha}; where the function is kept, branches are not scaled")
     refuse_unrunnable(model)
+    refuse_sharded(model)
 
 
 def _selected(model: nn.Module, norms: Sequence[str], exclude: Sequence[str]) -> set[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from normfree.arguments import checked
 from normfree.conversion.plan import Plan
 from normfree.conversion.replacement import apply_plan
 from normfree.files.tensors import load_state, read_tensors, write_tensors
@@ -23,6 +24,7 @@ def save(model: nn.Module, plan: Plan, path: Path) -> Path:
     return path
 
 
+@checked
 def load_converted(model: nn.Module, path: str | Path) -> nn.Module:
     """Convert `model` again as `Conversion.save` wrote it; in place.
 

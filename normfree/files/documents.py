@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import numbers
-import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
+from normfree.arguments import hint_words, is_of
 from normfree.files.whole import read_whole
 
 T = TypeVar("T")
@@ -92,9 +91,8 @@ def check_types(instance: Any) -> None:
     """Make lists in the fields of a dataclass tuples. Raises ValueError for a value of another type than declared."""
     for name, hint in _hints(instance.__class__).items():
         value = getattr(instance, name)
-        if not _is_of(value, hint):
-            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.Literal", "one of ")
-            raise ValueError(f"{name} is {value!r}; it must be {kind}")
+        if not is_of(value, hint):
+            raise ValueError(f"{name} is {value!r}; it must be {hint_words(hint)}")
         if isinstance(value, list):  # JSON has no tuples
             object.__setattr__(instance, name, tuple(value))
 
@@ -102,16 +100,3 @@ def check_types(instance: Any) -> None:
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of the type that a field declares; lists are tuples too."""
-    arguments = get_args(hint)
-    if get_origin(hint) is types.UnionType:
-        return any(_is_of(value, argument) for argument in arguments)
-    if get_origin(hint) is Literal:
-        return value in arguments
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(_is_of(item, arguments[0]) for item in value)
-    abstract = {int: numbers.Integral, float: numbers.Real}.get(hint)
-    return isinstance(value, hint) if abstract is None else isinstance(value, abstract) and not isinstance(value, bool)

@@ -1,10 +1,10 @@
 """Configuration that all networks of this package have."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from normfree.arguments import require_moderate
 from normfree.files.documents import check_types
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -35,9 +35,8 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; it must be finite")
+        numbers = {name: value for name, value in dataclasses.asdict(self).items() if isinstance(value, int | float)}
+        require_moderate(**numbers)
         for name, least in _LEAST.items():
             value = getattr(self, name, least)
             if value < least:
@@ -45,7 +44,7 @@ class NetworkConfig:
         for name in ("depths", "widths"):
             values = getattr(self, name, (1,))
             if not values or min(values) < 1:
-                raise ValueError(f"{name} is {values}; each stage must have at least 1")
+                raise ValueError(f"{name} is {values}; it must be at least 1 for each stage")
         for name in ("drop_rate", "stochastic_depth_rate"):
             value = getattr(self, name)
             if not 0 <= value < 1:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from normfree.arguments import checked
 from normfree.models.baseline_resnet import ResNet, ResNetConfig
 from normfree.models.fixup_resnet import FixUpResNet
 from normfree.models.network import ResidualNetwork
@@ -20,6 +21,7 @@ from normfree.nn import Bias, ScaledWSConv2d
 from normfree.nn.scales import Scales
 
 
+@checked
 def load_haiku(
     model: ResidualNetwork, params: Mapping[str, Any] | str | Path, state: Mapping[str, Any] | None = None
 ) -> ResidualNetwork:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from normfree.arguments import checked
 from normfree.errors import suggest
 from normfree.models import baseline_resnet, fixup_resnet, nf_resnet, nfnet, regnet
 from normfree.models.config import NetworkConfig
@@ -27,13 +28,15 @@ _BUILDERS: dict[str, tuple[Callable[[Any], ResidualNetwork], Any]] = {
 }
 
 
+@checked
 def list_models(pattern: str = "*") -> list[str]:
     """List the names that `create_model` knows, those that match a glob pattern such as "nf_*"."""
     return [name for name in _BUILDERS if fnmatch.fnmatchcase(name, pattern)]
 
 
+@checked
 def create_model(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
+    name: str, *, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, **overrides: Any
 ) -> ResidualNetwork:
     """Make a network of the paper with new parameters, in training mode.
 

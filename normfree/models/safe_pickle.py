@@ -12,6 +12,7 @@ import numpy as np
 from normfree.files.whole import read_whole
 
 _LARGEST = 2**34  # bytes
+_MOST_PACKED = 100  # times that an archive of arrays may be smaller than they are
 
 
 def read_arrays(path: str | Path) -> dict[str, Any]:
@@ -42,6 +43,9 @@ class _RefusedError(Exception):
 
 def _read_zip(data: bytes) -> Any:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > max(_MOST_PACKED * len(data), 2**28):
+            raise ValueError(f"it would be unpacked to {unpacked:,} bytes")
         members = {name.removesuffix(".npy"): _read_one(archive.read(name)) for name in archive.namelist()}
     return members["arr_0"] if list(members) == ["arr_0"] else members
 

@@ -16,7 +16,7 @@ class ChannelAffine(nn.Module):
     center: Tensor
 
     def __init__(
-        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self, channels: int, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.channels = channels

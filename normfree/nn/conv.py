@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.arguments import checked, require_positive
 from normfree.nn.matrix_form import prefers_matrix_form
 from normfree.nn.padding import SamePadding
 from normfree.nn.scaled_layer import ScaledWS
@@ -16,6 +17,7 @@ from normfree.nn.symbolic import call_symbolically, is_symbolic
 class _ScaledWSConv(ScaledWS, SamePadding):
     """Base of `ScaledWSConv1d`, `2d` and `3d`."""
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -27,7 +29,7 @@ class _ScaledWSConv(ScaledWS, SamePadding):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         in_scale: float = 1.0,
@@ -58,8 +60,9 @@ class _ScaledWSConv(ScaledWS, SamePadding):
             standardize: False leaves the filters as they are: the ablation that shows the mean shift.
 
         Raises:
-            ValueError: For what torch's class refuses, and for eps ≤ 0.
+            ValueError: For what torch's class refuses, for sizes below 1, and for eps ≤ 0.
         """
+        require_positive(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
             dtype, in_scale=in_scale, out_scale=out_scale, skip_gain=skip_gain, eps=eps, standardize=standardize,

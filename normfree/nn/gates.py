@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.arguments import checked, require_moderate, require_positive
 from normfree.nn.initialization import truncated_normal_
 from normfree.nn.scales import Scales
 
@@ -19,6 +20,7 @@ class Gate(Scales):
     """Each channel times gate_scale · out_scale · skip_gain · sigmoid(logits), (N, C, H, W) to the same."""
 
     def __init__(self, gate_scale: float, out_scale: float, skip_gain: float | None) -> None:
+        require_moderate(gate_scale=gate_scale)
         super().__init__()
         self.gate_scale = gate_scale
         self._register_scales(torch.empty(0), out_scale=out_scale, skip_gain=skip_gain)
@@ -40,6 +42,7 @@ class SqueezeExcite(Gate):
     Input and output (N, C, H, W); `hidden` is the width between the two layers. See `normfree.nn.gates` for the scales.
     """
 
+    @checked
     def __init__(
         self,
         channels: int,
@@ -49,6 +52,7 @@ class SqueezeExcite(Gate):
         out_scale: float = 1.0,
         skip_gain: float | None = None,
     ) -> None:
+        require_positive(channels=channels, hidden=hidden)
         super().__init__(gate_scale, out_scale, skip_gain)
         self.fc0 = nn.Linear(channels, hidden)
         self.fc1 = nn.Linear(hidden, channels)
@@ -71,9 +75,11 @@ class EfficientChannelAttention(Gate):
     Input and output (N, C, H, W), scales as those of `SqueezeExcite`.
     """
 
+    @checked
     def __init__(
         self, kernel_size: int, *, gate_scale: float = 1.0, out_scale: float = 1.0, skip_gain: float | None = None
     ) -> None:
+        require_positive(kernel_size=kernel_size)
         super().__init__(gate_scale, out_scale, skip_gain)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.arguments import checked, require_positive
 from normfree.nn.matrix_form import prefers_matrix_form
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.standardization import EPS
@@ -20,12 +21,13 @@ class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]
 
     channel_axis = -1
 
+    @checked
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         in_scale: float = 1.0,
@@ -49,8 +51,9 @@ class ScaledWSLinear(ScaledWS, nn.Linear):  # type: ignore[misc]
             standardize: False leaves the filters as they are.
 
         Raises:
-            ValueError: For eps ≤ 0.
+            ValueError: For sizes below 1, and for eps ≤ 0.
         """
+        require_positive(in_features=in_features, out_features=out_features)
         super().__init__(
             in_features, out_features, bias, device, dtype,
             in_scale=in_scale, out_scale=out_scale, skip_gain=skip_gain, eps=eps, standardize=standardize,

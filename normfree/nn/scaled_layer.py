@@ -23,7 +23,7 @@ from normfree.nn.standardization import (
     Factors,
     computes_fast,
     effective_parameters,
-    standardize,
+    standardized,
     standardized_again,
 )
 
@@ -120,7 +120,7 @@ class ScaledWS(Scales):
         scale = self.gain * (self.in_scale * out_scale)
         filters = self.filters(self.weight)
         if self.standardize:
-            weight = standardize(filters, scale, self.eps)
+            weight = standardized(filters, scale, self.eps)
         else:
             weight = filters * scale.to(filters.dtype).view(-1, *[1] * (filters.ndim - 1))
         return Effective(self.unfilters(weight), bias, None)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.arguments import require_moderate
+
 
 class Scales(nn.Module):
     """Module with scalar buffers that are never rounded to half precision, and a learnable SkipInit gain if asked.
@@ -19,6 +21,7 @@ class Scales(nn.Module):
 
     def _register_scales(self, like: Tensor, *, skip_gain: float | None = None, **scales: float) -> None:
         """Register persistent buffers of these names and values, on the device of `like` and at least float32."""
+        require_moderate(**scales, skip_gain=skip_gain)
         exact = torch.promote_types(like.dtype, torch.float32)
         device = torch.device("cpu") if like.is_meta else like.device
         for name, value in scales.items():

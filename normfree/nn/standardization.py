@@ -33,9 +33,25 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
 
     Returns:
         A tensor of the weight's shape and dtype.
+
+    Raises:
+        TypeError: For what is no tensor of floating-point numbers.
+        ValueError: For a scale that is not one factor for each filter.
     """
+    for name, value in (("weight", weight), ("scale", scale)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} is no tensor of floating-point numbers, but a {type(value).__name__}")
+    if weight.ndim < 2 or scale.shape != weight.shape[:1] or not weight.numel():
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and scale {tuple(scale.shape)}: one factor per filter"
+        )
+    return standardized(weight, scale, eps)
+
+
+def standardized(weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Compute what `standardize` does, without a look at the arguments."""
     if weight.dtype in (torch.float16, torch.bfloat16):
-        return standardize(weight.float(), scale.float(), eps).to(weight.dtype)
+        return standardized(weight.float(), scale.float(), eps).to(weight.dtype)
     factors = Factors(weight, scale.to(weight.dtype), eps=eps)
     return effective_parameters([factors])[0].weight if computes_fast(factors) else composed(factors)[0]
 

@@ -20,6 +20,13 @@ _HOOKS = (
 _NORM_ATTRIBUTES = {name for norm in (nn.BatchNorm1d(1), nn.GroupNorm(1, 1), nn.LayerNorm(1)) for name in vars(norm)}
 
 
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise ValueError for parameters that are spread over processes, as FSDP leaves them."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"{name} is sharded over processes: take the network before it is sharded")
+
+
 class Copy(nn.Module):
     """Copy of the input: the stand-in for a normalizer whose output is written into."""
 

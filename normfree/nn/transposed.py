@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.arguments import checked, require_positive
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.standardization import EPS
 from normfree.nn.symbolic import call_symbolically, is_symbolic
@@ -17,6 +18,7 @@ _Transpose = nn.modules.conv._ConvTransposeNd
 class _ScaledWSConvTranspose(ScaledWS, _Transpose):
     """Base of `ScaledWSConvTranspose1d`, `2d` and `3d`."""
 
+    @checked
     def __init__(
         self,
         in_channels: int,
@@ -29,7 +31,7 @@ class _ScaledWSConvTranspose(ScaledWS, _Transpose):
         bias: bool = True,
         dilation: int | tuple[int, ...] = 1,
         padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
         in_scale: float = 1.0,
@@ -60,8 +62,9 @@ class _ScaledWSConvTranspose(ScaledWS, _Transpose):
             standardize: False leaves the filters as they are.
 
         Raises:
-            ValueError: For what torch's class refuses, and for eps ≤ 0.
+            ValueError: For what torch's class refuses, for sizes below 1, and for eps ≤ 0.
         """
+        require_positive(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype,

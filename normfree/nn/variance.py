@@ -2,6 +2,8 @@
 
 import math
 
+from normfree.arguments import checked, require_moderate
+
 
 class VarianceLedger:
     """Expected variance of the residual stream of a normalizer-free network (Brock et al. 2021, section 3.1).
@@ -16,7 +18,9 @@ class VarianceLedger:
         beta = ledger.enter_block(first_in_stage=False)   # 1/√1.04; now 1.08
     """
 
+    @checked
     def __init__(self, alpha: float, *, normalize: bool = True) -> None:
+        require_moderate(alpha=alpha)
         self.alpha = alpha
         self.normalize = normalize
         self.variance = 1.0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from normfree.arguments import checked
 from normfree.files.whole import write_whole
 from normfree.plotting import COLORS, altair, render, write_chart
 from normfree.signal import table
@@ -22,6 +23,7 @@ _ROUNDING = 1e-12
 SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
 
 
+@checked
 def compare(
     reports: SignalRecords | Sequence[SignalRecords] | Mapping[str, SignalRecords | Sequence[SignalRecords]],
     title: str = "",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.arguments import checked
 from normfree.errors import SignalError
 from normfree.signal.reader import Reader
 from normfree.signal.record import SignalRecord
@@ -27,6 +28,7 @@ from normfree.trace.watched import exclusively, refuse_unrunnable, run_watched
 
 
 @exclusively
+@checked
 def characterize(
     model: nn.Module | Callable[[], nn.Module],
     inputs: Any = None,

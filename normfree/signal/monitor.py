@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from normfree.arguments import checked
 from normfree.files.csv_tables import Table, reading_rows
 from normfree.signal.monitor_figure import draw_signal
 from normfree.signal.reader import Reader
@@ -49,6 +50,7 @@ class SignalMonitor:
         TrainingError: Where it is entered and `path` is another file or cannot be written.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normfree.arguments import checked, require_moderate
 from normfree.errors import SignalError
 from normfree.signal import table
 from normfree.signal.record import SignalRecords
@@ -31,6 +32,7 @@ class SignalReport(SignalRecords):
         """Sentences on the numbers: what goes wrong, where first, and why; or that nothing does."""
         return find_verdicts(self)
 
+    @checked
     def check(
         self,
         *,
@@ -48,12 +50,14 @@ class SignalReport(SignalRecords):
         Raises:
             SignalError: With the model, the place and the cause.
         """
+        require_moderate(max_variance=max_variance, max_mean_to_std=max_mean_to_std, min_residual=min_residual)
         problem = first_problem(
             self, max_variance=max_variance, max_mean_to_std=max_mean_to_std, min_residual=min_residual
         )
         if problem is not None:
             raise SignalError(f"{self.model}: {problem}")
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the report where its suffix says: .html, .png, .svg (charts), .csv, .json. Returns the path.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from normfree.arguments import checked
 from normfree.errors import NotFiniteError, TrainingError
 from normfree.signal.monitor import SignalMonitor
 from normfree.training.data.batches import Batch, watching_workers
@@ -54,6 +55,7 @@ class Result:
     seconds: float = 0.0
 
 
+@checked
 def train(
     recipe: Recipe,
     out: str | Path,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from normfree.arguments import checked
 from normfree.errors import suggest
 from normfree.files.documents import check_types, document_text, from_values, read_document
 
@@ -161,6 +162,7 @@ RECIPES: dict[str, Recipe] = {
 """The recipes by name. "digits" needs no download; the networks' are the paper's, for ImageNet."""
 
 
+@checked
 def recipe(name: str) -> Recipe:
     """The recipe of a name. Raises ValueError for one that is not known, with near misses."""
     if name not in RECIPES:

@@ -326,7 +326,7 @@ def test_of_a_converted_network_weights_alone_decay():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"model": "resnet18"}, TypeError, "model is a str"),
+        ({"model": "resnet18"}, TypeError, "model is 'resnet18'; it must be torch's Module"),
         ({"model": nn.Linear(3, 3)}, ValueError, "nothing in Linear can be converted"),
         ({"model": nn.BatchNorm2d(3)}, ValueError, "is a normalizer itself"),
         ({"alpha": 0}, ValueError, "alpha is 0"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 from normfree.nn import standardize
-from normfree.nn.standardization import Factors, effective_parameters
+from normfree.nn.standardization import Factors, composed, effective_parameters
 from tests.helpers import SEEDS, assert_close, assert_equal, seeded
 
 
@@ -138,3 +138,34 @@ def test_the_layout_of_the_memory_changes_nothing(shape, together):
     for out, of_weight in results:
         assert_close(out, expected, 1e-12)
         assert_close(of_weight, results[0][1], 1e-12)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e30, 1e38])
+@pytest.mark.parametrize("learns", [True, False])
+def test_filters_whose_variance_overflows_are_no_numbers_rather_than_zero(size, learns):
+    """Of others that stand beside them nothing changes."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    expected = standardize(weight, torch.ones(4))
+    weight[2] *= size
+    weight.requires_grad_(learns)
+    found = standardize(weight, torch.ones(4)).detach()
+    assert found[2].isnan().all()
+    assert_equal(found[[0, 1, 3]], expected[[0, 1, 3]])
+    assert_equal(composed(Factors(weight, torch.ones(4)))[0].detach()[2].isnan(), torch.ones(3, 3, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "error", "words"),
+    [
+        ([[1.0]], torch.ones(1), TypeError, "weight is no tensor of floating-point numbers, but a list"),
+        (torch.ones(2, 2, dtype=torch.long), torch.ones(2), TypeError, "weight is no tensor of floating-point numbers"),
+        (torch.ones(2, 2), 1.0, TypeError, "scale is no tensor of floating-point numbers, but a float"),
+        (torch.ones(2, 2), torch.ones(3), ValueError, r"weight has shape \(2, 2\) and scale \(3,\)"),
+        (torch.ones(2), torch.ones(2), ValueError, r"weight has shape \(2,\)"),
+        (torch.ones(0, 2), torch.ones(0), ValueError, r"weight has shape \(0, 2\)"),
+    ],
+)
+def test_what_are_no_filters_is_refused(weight, scale, error, words):
+    with pytest.raises(error, match=words):
+        standardize(weight, scale)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import random
 import re
 import runpy
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -21,7 +23,7 @@ from normfree.training.data.datasets import load
 from normfree.training.processes import accelerator_for
 from normfree.training.setup import prepare
 from tests.helpers import assert_equal, assert_same_state
-from tests.training.tiny import TINY, rows
+from tests.training.tiny import TINY, assert_same_weights, largest_difference, rows
 
 
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18", "nf_regnet_b0"])
@@ -247,3 +249,24 @@ def test_a_trial_run_leaves_every_module_in_its_own_mode_and_its_buffers_as_they
     check_runs(model, "resnet18", torch.zeros(2, 3, 32, 32), 32, 10)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def drawn_from_numpy(num_classes, in_channels):
+    model = torch.nn.Sequential(torch.nn.Conv2d(in_channels, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model.append(torch.nn.Linear(4, num_classes))
+    with torch.no_grad():
+        model[0].bias.copy_(torch.from_numpy(np.random.randn(4)))
+        model[3].bias.fill_(random.random())
+    return model
+
+
+def test_a_model_that_draws_from_numpy_or_python_is_decided_by_the_recipe(tmp_path):
+    recipe = dataclasses.replace(
+        TINY, model="tests.training.test_build:drawn_from_numpy", model_args=(), train_images=96,
+        stochastic_depth_rate=None,
+    )  # fmt: skip
+    for name in ("first", "second"):
+        train(recipe, tmp_path / name, quiet=True)
+    assert_same_weights(tmp_path / "first", tmp_path / "second")
+    train(dataclasses.replace(recipe, seed=1), tmp_path / "other", quiet=True)
+    assert largest_difference(tmp_path / "first", tmp_path / "other") > 1e-3

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from normfree.arguments import checked
 from normfree.errors import suggest
 from normfree.files.whole import require_file
 from normfree.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, to_rgb
@@ -64,6 +65,7 @@ class Data(Description):
     test: Images
 
 
+@checked
 def load(spec: str) -> Data:
     """Load the data set that `spec` names.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from normfree.arguments import checked
 from normfree.conversion.replacement import apply_plan
 from normfree.errors import TrainingError
 from normfree.training.build import build, image_sizes, load_weights, model_channels
@@ -22,6 +23,7 @@ from normfree.training.run import folder
 from normfree.training.run.checkpoint import find_damage
 
 
+@checked
 def load_run(run: str | Path, *, weights: str | Path | None = None, trusted_model: str | None = None) -> nn.Module:
     """Load the network of a run's folder, or of one of its checkpoints, in eval mode.
 
@@ -73,6 +75,7 @@ def _run_of(path: str | Path) -> Path:
     return path.resolve().parents[1] if (path / "position.json").exists() else path
 
 
+@checked
 def evaluate_run(
     run: str | Path,
     *,

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from normfree.errors import TrainingError
-from normfree.training.data.batches import Examples, Order, Parts, collate, loader, reseedable
+from normfree.training.data.batches import Examples, Order, Parts, _start_method, collate, loader, reseedable
 from normfree.training.data.mixing import Mixing
 from tests.helpers import SEEDS, assert_allclose, assert_equal
 
@@ -173,3 +174,23 @@ def test_what_a_worker_cannot_do_is_said_in_its_words():
             pytest.raises(TrainingError, match=words),
         ):
             list(batches)
+
+
+def test_workers_do_not_start_by_a_fork_amid_other_threads(monkeypatch):
+    """CPython before 3.11.10 may wait for ever in such a child."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        for version, method in (((3, 11, 9), "forkserver"), ((3, 12, 0), None)):
+            patch.setattr(sys, "version_info", version)
+            assert _start_method() == method
+    assert _start_method() is None  # alone
+    examples, parts = Examples(Noisy(4), grey, 0, training=True), Parts(Order(4, 2, 1, seed=0), 0, 1)
+    expected = [batch.images for batch in loader(examples, parts, workers=0, pin=False)]
+    monkeypatch.setattr("normfree.training.data.batches._start_method", lambda: "forkserver")
+    with contextlib.closing(loader(examples, parts, workers=1, pin=False)) as loaded:
+        for found, images in zip(loaded, expected, strict=True):
+            assert_equal(found.images, images)
+
+
+def grey(image):
+    return torch.from_numpy(np.asarray(image).copy())[None]

@@ -5,6 +5,7 @@ import io
 import shutil
 import struct
 import sys
+import warnings
 import zipfile
 from types import ModuleType, SimpleNamespace
 
@@ -81,6 +82,24 @@ def test_every_photograph_is_a_class_with_its_left_part_for_training(archive, tm
     assert np.array_equal(np.asarray(left), whole[:, :32])
     assert np.array_equal(np.asarray(upper), whole[:32, 32:])
     assert np.array_equal(np.asarray(lower), whole[16:, 32:])
+
+
+@pytest.mark.parametrize("damage", ["directory", "encrypted", "method", "no archive"])
+def test_an_archive_that_is_damaged_is_refused_with_its_name(damage, tmp_path):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        packed.writestr("0.png", b"no image")
+    data = bytearray(path.read_bytes())
+    place = data.find(b"PK\x01\x02")
+    if damage == "no archive":
+        data = b"no archive"
+    else:
+        data[place + {"directory": 0, "encrypted": 8, "method": 10}[damage]] = {"encrypted": 1}.get(damage, 99)
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the image that cannot be read
+        with pytest.raises(ValueError, match=r"photos\.zip (is no \.zip of images|holds 0 distinct images)"):
+            load(f"instances:{path}")
 
 
 def test_images_of_any_format_and_depth_are_read(tmp_path):

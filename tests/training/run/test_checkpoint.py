@@ -12,7 +12,7 @@ import torch
 from normfree.errors import TrainingError
 from normfree.training import RECIPES, train
 from normfree.training.run import checkpoint
-from normfree.training.run.checkpoint import Checkpoints, Position, _seal, find_damage
+from normfree.training.run.checkpoint import Checkpoints, Position, _seal, find_damage, read_position
 
 RECIPE = dataclasses.replace(
     RECIPES["digits"], model_args=("width=0.25",), epochs=1, batch=200, lr=0.1, log_every=4, checkpoint_every=2, keep=3
@@ -168,3 +168,12 @@ def test_what_was_put_aside_returns(checkpoints):
     checkpoints.clean()
     assert checkpoints.newest() == (newest, [])
     assert not list(folder.glob(".writing_*"))
+
+
+def test_another_number_of_threads_is_said(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(RECIPE, out, quiet=True)
+    assert read_position(max((out / "checkpoints").iterdir())).threads == torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
+    with pytest.warns(UserWarning, match=r"going on with 63 threads, not \d+ as before: .*OMP_NUM_THREADS=\d+"):
+        train(RECIPE, out, resume="auto", quiet=True)

@@ -1,0 +1,1 @@
+"""Trials: damaged files, odd command lines, wrong arguments, killed trainings: `python -m tests.trials` counts them."""
