@@ -33,7 +33,7 @@ dist: .venv/installed
 	$(PYTHON) -m venv build/dist/env
 	build/dist/env/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
 		"$$(ls $(CURDIR)/dist/*.whl)[demo,export]"
-	cd build/dist && env/bin/normfree demo --seeds 1 && env/bin/normfree spp nf_resnet26 timm:resnet18 --size 64 --out spp.html
+	cd build/dist && env/bin/normfree demo --seeds 1 --depth 26 --epochs 1 && env/bin/normfree spp nf_resnet26 timm:resnet18 --size 64 --out spp.html
 	cd build/dist && env/bin/normfree train digits --epochs 1 --out run && env/bin/normfree export run --to onnx --size 64
 	rm -rf build/dist
 

@@ -53,9 +53,13 @@ def _described(value: Any) -> str:
 
 def hint_words(hint: Any) -> str:
     """Say a type hint as in code."""
+    if get_origin(hint) in (types.UnionType, Union):
+        return " | ".join(map(hint_words, get_args(hint)))
+    if get_origin(hint) is collections.abc.Callable:
+        return "a function"
     if isinstance(hint, type) and not get_args(hint):
         package = hint.__module__.partition(".")[0]
-        return hint.__name__ if package == "builtins" else f"{package}'s {hint.__name__}"
+        return hint.__name__.replace("NoneType", "None") if package == "builtins" else f"{package}'s {hint.__name__}"
     return str(hint).replace("typing.Literal", "one of ").replace("typing.", "").replace("collections.abc.", "")
 
 

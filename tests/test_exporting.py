@@ -16,9 +16,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("to", slow_but({"onnx"}, ["onnx", "pt2"]))
-@pytest.mark.parametrize("name", slow_but({"nf_resnet26"}, NETWORKS))
-def test_a_file_computes_the_same_on_batches_and_images_of_other_sizes(name, to, tmp_path):
+PAIRS = [*((name, "onnx") for name in NETWORKS), ("nf_resnet26", "pt2"), ("nf_regnet_b0", "pt2")]  # of one program
+
+
+@pytest.mark.parametrize("pair", slow_but({PAIRS[0]}, PAIRS), ids=" ".join)
+def test_a_file_computes_the_same_on_batches_and_images_of_other_sizes(pair, tmp_path):
+    name, to = pair
     model = shaken(create_model(name.split()[0], num_classes=4, **NETWORKS[name])).train()
     result = export(model, tmp_path / f"net.{to}", to=to, size=64)
     assert result.difference <= 1e-4 * max(1, result.largest), result

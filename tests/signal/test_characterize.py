@@ -140,7 +140,7 @@ def test_inputs_that_cannot_be_used_are_refused_and_named(inputs, error, words):
 def test_arguments_that_cannot_be_used_are_refused_and_named():
     with pytest.raises(ValueError, match="seeds is 0"):
         characterize(residual_network(), seeds=0)
-    with pytest.raises(TypeError, match="model is a int"):
+    with pytest.raises(TypeError, match=r"model is 3; it must be torch's Module \| a function"):
         characterize(3)
     with pytest.raises(TypeError, match="factory returned a int"):
         characterize(lambda: 3)
