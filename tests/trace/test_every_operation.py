@@ -12,7 +12,7 @@ from normfree import _torch
 from normfree.trace.recorder import recording
 from normfree.trace.tape import Tape
 
-_SAMPLES = 2
+_SAMPLES = 4
 # What they return is uninitialised memory, or is drawn.
 UNINITIALISED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 # Not run: they compile or change the state of the process.
