@@ -257,7 +257,7 @@ def test_a_document_is_read_as_it_was_written_and_no_other_way(tmp_path):
     assert read_document(path, "document", format=3)["a"] == 2
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "", "[]", "{", "\xff", "null"])
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "", "[]", "{", "\xff", "null", "\xef\xbb\xbf{}"])
 def test_what_is_no_document_is_refused_with_its_name(text, tmp_path):
     path = tmp_path / "it.json"
     path.write_bytes(text.encode("latin-1"))

@@ -34,7 +34,7 @@ def read_document(path: Path, what: str, *, format: int | None = None) -> dict[s
 def parse_document(text: str | bytes, what: str, name: str = "it", *, format: int | None = None) -> dict[str, Any]:
     """Read the values of a document's text. Raises ValueError as `read_document` does, with `name` for the path."""
     try:
-        values = json.loads(text)
+        values = json.loads(text if isinstance(text, str) else text.decode())
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{name} is no {what}, or a damaged one: {error}") from error
     if not isinstance(values, dict):
