@@ -16,7 +16,7 @@ from normfree.extras import require_extra
 from normfree.files.whole import replacing
 from normfree.folding import fold, has_scaled_layers
 from normfree.trace.inputs import first_layer, tensors
-from normfree.trace.preparation import in_eval_mode
+from normfree.trace.preparation import in_eval_mode, isolated_rng
 from normfree.trace.watched import exclusively
 
 Format = Literal["onnx", "pt2"]
@@ -67,7 +67,7 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
         raise ValueError(f"{type(model).__name__} has no 2-D convolution: the shape of its images is not known")
     model = fold(model) if has_scaled_layers(model) else model
     path = Path(path)
-    with in_eval_mode(model), torch.no_grad():
+    with isolated_rng(), in_eval_mode(model), torch.no_grad():
         like = first.weight.detach()
         x = like.new_empty(2, first.in_channels, height, width).normal_()
         axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

@@ -35,12 +35,14 @@ def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
         A tensor of the weight's shape and dtype.
 
     Raises:
-        TypeError: For what is no tensor of floating-point numbers.
+        TypeError: For what is no tensor of floating-point numbers, and an eps that is no number.
         ValueError: For a scale that is not one factor for each filter.
     """
     for name, value in (("weight", weight), ("scale", scale)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} is no tensor of floating-point numbers, but a {type(value).__name__}")
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps is a {type(eps).__name__}; it must be a number")
     if weight.ndim < 2 or scale.shape != weight.shape[:1] or not weight.numel():
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} and scale {tuple(scale.shape)}: one factor per filter"

@@ -169,3 +169,8 @@ def test_filters_whose_variance_overflows_are_no_numbers_rather_than_zero(size, 
 def test_what_are_no_filters_is_refused(weight, scale, error, words):
     with pytest.raises(error, match=words):
         standardize(weight, scale)
+
+
+def test_an_eps_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match="eps is a str; it must be a number"):
+        standardize(torch.ones(2, 2), torch.ones(2), "small")
