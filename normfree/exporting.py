@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normfree.arguments import checked
 from normfree.extras import require_extra
-from normfree.files.whole import replacing
+from normfree.files.whole import write_whole
 from normfree.folding import fold, has_scaled_layers
 from normfree.trace.inputs import first_layer, tensors
 from normfree.trace.preparation import in_eval_mode, isolated_rng
@@ -34,7 +34,7 @@ class Exported:
 @exclusively
 @checked
 def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[int, int] = 224) -> Exported:
-    """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, and run the file to check it.
+    """Write `model`, folded where it can be, as ONNX or as a program of `torch.export`, once that is run and compared.
 
     Batch size, height and width are dynamic. The number of channels is the model's first convolution's. Outputs may be
     tensors in dictionaries, tuples and lists; all are compared, and ONNX has them in order. The model stays as it is.
@@ -49,9 +49,9 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
         The file, and how far its outputs are from the network's.
 
     Raises:
-        ValueError: For another format, for a model without convolutions or that torch.export cannot take, for a file
+        ValueError: For another format, for a model without convolutions or that torch.export cannot take, for a program
             whose outputs differ by more than 1e-4 (of the largest output, if that is above 1) and for one that takes no
-            other image size, as where the example is so small that a stage has one position.
+            other image size, as where the example is so small that a stage has one position; nothing is then written.
         ImportError: Where a package is missing.
         OSError: Where the file cannot be written; the one before is then as it was.
     """
@@ -72,14 +72,11 @@ def export(model: nn.Module, path: str | Path, *, to: Format, size: int | tuple[
         x = like.new_empty(2, first.in_channels, height, width).normal_()
         axes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         program = _exported_program(model, x, axes)
-        with replacing(path) as written:
-            if to == "pt2":
-                packed = io.BytesIO()  # torch's own writer ends the process where the disk is full
-                torch.export.save(program, packed)
-                written.write_bytes(packed.getbuffer())
-            else:
-                _to_onnx(program, written, len(tensors(model(x))))
-        return _check(model, path, to, x)
+        # In memory, since torch's own writer ends the process where the disk is full; written once it is checked.
+        content = _to_pt2(program) if to == "pt2" else _to_onnx(program, len(tensors(model(x))))
+        difference, largest = _check(model, _runner(content, to), x)
+        write_whole(path, content)
+        return Exported(path, difference, largest)
 
 
 def _exported_program(model: nn.Module, x: Tensor, axes: dict[int, Any]) -> torch.export.ExportedProgram:
@@ -92,18 +89,23 @@ def _exported_program(model: nn.Module, x: Tensor, axes: dict[int, Any]) -> torc
         ) from error
 
 
-def _to_onnx(program: torch.export.ExportedProgram, path: Path, outputs: int) -> None:
+def _to_pt2(program: torch.export.ExportedProgram) -> bytes:
+    packed = io.BytesIO()
+    torch.export.save(program, packed)
+    return packed.getvalue()
+
+
+def _to_onnx(program: torch.export.ExportedProgram, outputs: int) -> bytes:
     names = ["output"] if outputs == 1 else [f"output_{index}" for index in range(outputs)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            program, (), path, dynamo=True, input_names=["images"], output_names=names,
-            external_data=False, verbose=False,
-        )  # fmt: skip
+        made = torch.onnx.export(program, (), dynamo=True, input_names=["images"], output_names=names, verbose=False)
+    assert made is not None
+    return made.model_proto.SerializeToString()
 
 
-def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
-    run = _runner(path, to)
+def _check(model: nn.Module, run: Callable[[Tensor], list[Tensor]], x: Tensor) -> tuple[float, float]:
+    """Compare a program's outputs with the network's: the largest difference, and the largest output."""
     difference = largest = 0.0
     height, width = x.shape[-2:]
     for images in (x, x.new_empty(3, x.shape[1], height + 33, width + 18).normal_()):
@@ -113,26 +115,28 @@ def _check(model: nn.Module, path: Path, to: Format, x: Tensor) -> Exported:
         except (AssertionError, RuntimeError) as error:  # a guard of the program
             shape = "x".join(map(str, images.shape[-2:]))
             raise ValueError(
-                f"{path} is written, but takes no images of {shape}: made from an example of {height}x{width}, in "
-                f"which a stage may have a single position, which then counts as constant; take a larger size ({error})"
+                f"nothing is written: the program takes no images of {shape}: made from an example of {height}x{width}, "
+                f"in which a stage may have a single position, which then counts as constant; take a larger size ({error})"
             ) from error
         if [tuple(out.shape) for out in outputs] != [tuple(out.shape) for out in expected]:
-            raise ValueError(f"{path} is written, but gives {len(outputs)} outputs of other shapes than the network")
+            raise ValueError(
+                f"nothing is written: the program gives {len(outputs)} outputs of other shapes than the network"
+            )
         for out, other in zip(outputs, expected, strict=True):
             distance = (out.to(other.device) - other).abs().max().item() if out.numel() else 0.0
             difference = distance if math.isnan(distance) else max(difference, distance)
             largest = max(largest, other.abs().max().item() if out.numel() else 0.0)
     if not difference <= 1e-4 * max(1.0, largest):  # nor NaN
-        raise ValueError(f"{path} is written, but its outputs differ by {difference:.3g} from the network's")
-    return Exported(path, difference, largest)
+        raise ValueError(f"nothing is written: the program's outputs differ by {difference:.3g} from the network's")
+    return difference, largest
 
 
-def _runner(path: Path, to: Format) -> Callable[[Tensor], list[Tensor]]:
+def _runner(content: bytes, to: Format) -> Callable[[Tensor], list[Tensor]]:
     if to == "pt2":
-        program = torch.export.load(path).module()
+        program = torch.export.load(io.BytesIO(content)).module()
         return lambda images: tensors(program(images))
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: [torch.from_numpy(out) for out in session.run(None, {name: images.cpu().numpy()})]

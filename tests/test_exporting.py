@@ -44,9 +44,11 @@ def _runner(path, to):
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.0])
 def test_a_file_that_computes_something_else_is_no_success(wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "_runner", lambda path, to: lambda x: [torch.full((len(x), 4), wrong)])
-    with pytest.raises(ValueError, match="outputs differ by"):
+    monkeypatch.setattr(exporting, "_runner", lambda content, to: lambda x: [torch.full((len(x), 4), wrong)])
+    (tmp_path / "net.pt2").write_text("before")
+    with pytest.raises(ValueError, match="nothing is written: the program's outputs differ by"):
         export(create_model("nf_resnet26", width=0.25, num_classes=4), tmp_path / "net.pt2", to="pt2", size=64)
+    assert (tmp_path / "net.pt2").read_text() == "before"
 
 
 def test_what_cannot_be_exported_is_refused_and_named(tmp_path):
