@@ -93,8 +93,8 @@ def require_positive(**sizes: int | Sequence[int]) -> None:
             raise ValueError(f"{name} is {size}; it must be at least 1")
 
 
-def require_moderate(**numbers: float | None) -> None:
+def require_moderate(**scales: float | None) -> None:
     """Raise ValueError, which names it, for a number that is not finite, or whose square float32 does not hold."""
-    for name, number in numbers.items():
-        if number is not None and not abs(number) < 1e18:
-            raise ValueError(f"{name} is {number}; it must be finite, and of a magnitude below 1e18")
+    for name, scale in scales.items():
+        if scale is not None and not abs(scale) < 1e18:
+            raise ValueError(f"{name} is {scale}; it must be finite, and of a magnitude below 1e18")

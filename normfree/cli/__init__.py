@@ -6,18 +6,15 @@ import platform
 import shutil
 import sys
 
+from normfree.cli.failures import release_output, report, say
+
 _PLACES = ("--out", "--report", "--weights")
 
 
 def main() -> None:
     """Run the command that the arguments name; a fault that the user can mend is one sentence and exit code 2."""
-    # Imports take seconds, in which Ctrl-C may come too.
-    try:
-        from normfree.cli.failures import release_output, report, say
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     code = 0
-    try:
+    try:  # imports of torch take seconds, in which Ctrl-C may come too
         _prepare_terminal()
         _run(sys.argv[1:])
         sys.stdout.flush()

@@ -74,7 +74,7 @@ class SavedNetwork(PyTorchModelHubMixin):
             FileNotFoundError: For a folder that lacks a file.
         """
         described = read_description(pretrained_model_name_or_path, **arguments)
-        if described["family"] != cls.__name__:
+        if described["family"] not in [kind.__name__ for kind in cls.__mro__]:
             raise ValueError(f"{described['path']} is of a {described['family']}, not of a {cls.__name__}")
         return super().from_pretrained(pretrained_model_name_or_path, **arguments)
 

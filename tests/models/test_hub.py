@@ -80,3 +80,12 @@ def test_push_to_hub_sends_weights_and_configuration(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     create_model("nf_resnet26", width=0.25).push_to_hub("someone/nf")
     assert sent == {"someone/nf": ["README.md", "config.json", "model.safetensors"]}
+
+
+def test_a_class_derived_from_a_family_loads_what_the_family_saved(tmp_path):
+    class Mine(NFResNet):
+        pass
+
+    model = create_model("nf_resnet26", width=0.25)
+    model.save_pretrained(tmp_path)
+    assert_same_state(Mine.from_pretrained(tmp_path).state_dict(), model.state_dict())

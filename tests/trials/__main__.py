@@ -14,7 +14,7 @@ from normfree.files.whole import write_whole
 from tests.trials.calls import try_calls
 from tests.trials.commands import try_commands
 from tests.trials.files import try_files
-from tests.trials.kills import try_kills, try_processes
+from tests.trials.trainings import try_kills, try_processes
 
 TRIALS = {
     "files": (try_files, 2900, "damaged files"),

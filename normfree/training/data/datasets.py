@@ -235,8 +235,8 @@ class TimmImages:
         if self.reader is None:
             image, label = self.dataset[index]
             return to_rgb(image), int(label)
-        if (path := Path(self.name(index))).exists():
-            require_file(path)
+        if hasattr(self.reader, "samples"):  # files of a folder
+            require_file(Path(self.name(index)))
         file, label = self.reader[index]
         with file, Image.open(file) as image:
             return to_rgb(image), int(label)

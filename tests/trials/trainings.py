@@ -1,4 +1,4 @@
-"""Killed trainings: taken up again as often as it needs, each ends bit for bit as the one that was left alone."""
+"""Trainings that are killed, which end bit for bit as the one that was left alone, and trainings of two processes."""
 
 import csv
 import dataclasses
