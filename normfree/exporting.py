@@ -115,19 +115,19 @@ def _check(model: nn.Module, run: Callable[[Tensor], list[Tensor]], x: Tensor) -
         except (AssertionError, RuntimeError) as error:  # a guard of the program
             shape = "x".join(map(str, images.shape[-2:]))
             raise ValueError(
-                f"nothing is written: the program takes no images of {shape}: made from an example of {height}x{width}, "
-                f"in which a stage may have a single position, which then counts as constant; take a larger size ({error})"
+                f"nothing written: the program takes no images of {shape}: made from an example of {height}x{width} in "
+                f"which a stage may have one position, which then counts as constant; take a larger size ({error})"
             ) from error
         if [tuple(out.shape) for out in outputs] != [tuple(out.shape) for out in expected]:
             raise ValueError(
-                f"nothing is written: the program gives {len(outputs)} outputs of other shapes than the network"
+                f"nothing written: the program gives {len(outputs)} outputs of other shapes than the network"
             )
         for out, other in zip(outputs, expected, strict=True):
             distance = (out.to(other.device) - other).abs().max().item() if out.numel() else 0.0
             difference = distance if math.isnan(distance) else max(difference, distance)
             largest = max(largest, other.abs().max().item() if out.numel() else 0.0)
     if not difference <= 1e-4 * max(1.0, largest):  # nor NaN
-        raise ValueError(f"nothing is written: the program's outputs differ by {difference:.3g} from the network's")
+        raise ValueError(f"nothing written: the program's outputs differ by {difference:.3g} from the network's")
     return difference, largest
 
 

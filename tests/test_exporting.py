@@ -46,7 +46,7 @@ def _runner(path, to):
 def test_a_file_that_computes_something_else_is_no_success(wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_runner", lambda content, to: lambda x: [torch.full((len(x), 4), wrong)])
     (tmp_path / "net.pt2").write_text("before")
-    with pytest.raises(ValueError, match="nothing is written: the program's outputs differ by"):
+    with pytest.raises(ValueError, match="nothing written: the program's outputs differ by"):
         export(create_model("nf_resnet26", width=0.25, num_classes=4), tmp_path / "net.pt2", to="pt2", size=64)
     assert (tmp_path / "net.pt2").read_text() == "before"
 
