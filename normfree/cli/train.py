@@ -147,6 +147,15 @@ def evaluate(
         show_json({"run": run, **asdict(found)})
         return
     show_table(
-        ("run", "images", "loss", "top-1 %", "top-5 %"),
-        [(str(run), str(found.examples), f"{found.loss:.4f}", f"{found.top1:.2f}", f"{found.top5:.2f}")],
+        ("run", "images", "loss", "top-1 %", "top-5 %", "balanced %"),
+        [
+            (
+                str(run),
+                str(found.examples),
+                f"{found.loss:.4f}",
+                f"{found.top1:.2f}",
+                f"{found.top5:.2f}",
+                f"{found.balanced:.2f}",
+            )
+        ],
     )

@@ -25,11 +25,11 @@ def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
 
 
 def _points(study: Study, entry: Entry) -> list[dict[str, Any]]:
+    seconds = {training.seed: training.seconds for training in entry.trainings}
     costs = {"macs": recipe_macs(entry.cell.recipe) / 1e6} if "macs" in study.chart_axes else {}
     return [
-        {"row": entry.cell.row, "column": entry.cell.column, "accuracy": t.top1, "seconds": t.seconds} | costs
-        for t in entry.trainings
-        if t.top1 is not None
+        {"row": entry.cell.row, "column": entry.cell.column, "accuracy": t.top1, "seconds": seconds[t.seed]} | costs
+        for t in entry.tests
     ]
 
 

@@ -38,9 +38,7 @@ def largest_rate_column(entries: Sequence[Entry], folder: Path) -> dict[str, dic
     for row in dict.fromkeys(entry.cell.row for entry in entries):
         mine = [entry for entry in entries if entry.cell.row == row and entry.trainings]
         best = max((accuracy for entry in mine for accuracy in entry.accuracies), default=0.0)
-        good = [
-            e.cell.recipe.lr for e in mine if len(e.accuracies) == len(e.trainings) and min(e.accuracies) >= best / 2
-        ]
+        good = [e.cell.recipe.lr for e in mine if len(e.tests) == len(e.trainings) and min(e.accuracies) >= best / 2]
         found[row] = f"{max(good):g}" if good else "none" if mine else "missing"
     return {"largest that trains": found}
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from normfree.errors import suggest
 from normfree.studies.columns import cost_columns, largest_rate_column, signal_columns
-from normfree.studies.study import Cell, Study
+from normfree.studies.study import Cell, Rates, Study
 from normfree.training import RECIPES, Recipe
 
 Budget = Literal["toy", "small", "full"]
@@ -31,17 +31,18 @@ _EPOCHS = {"digits": 35, "fashion_mnist": 1, "instances": 4}
 def _base(data: str, budget: Budget) -> Recipe:
     """Make the recipe that all cells vary. At 32 pixels the last stage has one position: statistics run out there."""
     if budget == "full":
-        return replace(RECIPES["nf_resnet50"], data=data, evaluate_every=10)
+        return replace(RECIPES["nf_resnet50"], data=data, test_on="validation", evaluate_every=10)
     epochs = 1 if budget == "toy" else _EPOCHS.get(data.partition(":")[0], 4)
     return replace(
-        RECIPES["digits"], model_args=("width=0.5",), data=data, epochs=epochs, batch=64, crop_scale=0.35,
-        flip=data != "digits", warmup_epochs=0.1 * epochs, evaluate_every=epochs, log_every=20, keep=1, workers=0,
+        RECIPES["digits"], model_args=("width=0.5",), data=data, test_on="validation", epochs=epochs, batch=64,
+        crop_scale=0.35, flip=data != "digits", warmup_epochs=0.1 * epochs, evaluate_every=epochs, log_every=20,
+        keep=1, workers=0,
     )  # fmt: skip
 
 
-def _rates(budget: Budget) -> tuple[float, ...]:
-    """List the learning rates (at a batch of 256) that each cell chooses from; on ImageNet the paper's."""
-    return {"toy": (0.4,), "small": (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), "full": (0.1,)}[budget]
+def _rates(budget: Budget) -> Rates | None:
+    """Return the learning rates (at a batch of 256) that each cell chooses from; on ImageNet there is the paper's."""
+    return Rates(0.8) if budget == "small" else None
 
 
 def _network(base: Recipe, name: str, *arguments: str, **changes: object) -> Recipe:
@@ -106,7 +107,9 @@ def _budget(base: Recipe, budget: Budget) -> Study:
     if budget == "small":  # half the epochs: an image takes these networks ten times as long as those of other studies
         epochs = max(base.epochs // 2, 1)
         base = replace(base, epochs=epochs, warmup_epochs=0.1 * epochs, evaluate_every=epochs)
-    base = replace(RECIPES["nf_regnet_b0"], data=base.data, ema=0.9999) if budget == "full" else base
+    base = (
+        replace(RECIPES["nf_regnet_b0"], data=base.data, test_on=base.test_on, ema=0.9999) if budget == "full" else base
+    )
     cells = [
         Cell(family, f"B{level}", replace(
             base, model=names[level], model_args=(), drop_rate=0.0 if budget != "full" else None,

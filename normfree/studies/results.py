@@ -9,24 +9,30 @@ from normfree.files.whole import write_whole
 from normfree.studies.charts import draw_signal_moments, draw_study
 from normfree.studies.study import Entry, Study
 
-_COLUMNS = ("row", "column", "lr", "mean", "accuracies", "failed", "seconds")
+_COLUMNS = ("row", "column", "lr", "mean", "accuracies", "balanced", "validation", "failed", "seconds")
 
 
-def format_entry(entry: Entry) -> str:
-    """Format mean ± standard deviation in percent, or a word where there is none."""
+def format_entry(entry: Entry, *, balanced: bool = False) -> str:
+    """Format mean ± standard deviation in percent, of the balanced accuracy too if asked for, or a word for none."""
     if not entry.trainings:
         return "missing"
-    accuracies, failed = entry.accuracies, len(entry.trainings) - len(entry.accuracies)
-    if not accuracies:
+    if entry.failed == len(entry.trainings):
         return "fails"
-    deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-    return f"{statistics.fmean(accuracies):.2f}{deviation}" + (f" ({failed} failed)" if failed else "")
+    if not entry.tests:
+        return "unfinished"
+    texts = [_mean_and_deviation(values) for values in (entry.accuracies, *([entry.balanced] if balanced else []))]
+    return " / ".join(texts) + (f" ({entry.failed} failed)" if entry.failed else "")
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def build_table(study: Study, entries: Sequence[Entry], out: Path) -> tuple[list[str], list[list[str]]]:
     """Build the column titles, and a row of texts for each row of the study."""
     columns = list(dict.fromkeys(entry.cell.column for entry in entries))
-    texts = {(entry.cell.row, entry.cell.column): format_entry(entry) for entry in entries}
+    texts = {(entry.cell.row, entry.cell.column): format_entry(entry, balanced=study.balanced) for entry in entries}
     extra = study.extra_columns(entries, out)
     rows = [
         [row, *(texts.get((row, column), "") for column in columns), *(more.get(row, "") for more in extra.values())]
@@ -57,6 +63,8 @@ def _row(entry: Entry) -> tuple[object, ...]:
         "" if entry.lr is None else entry.lr,
         f"{statistics.fmean(accuracies):.3f}" if accuracies else "",
         " ".join(f"{value:.3f}" for value in accuracies),
-        len(entry.trainings) - len(accuracies),
+        " ".join(f"{value:.3f}" for value in entry.balanced),
+        " ".join("" if t.validation is None else f"{t.validation:.3f}" for t in entry.trainings),
+        entry.failed,
         f"{sum(training.seconds for training in entry.trainings):.0f}",
     )

@@ -26,23 +26,56 @@ class TrainingRow:
     column: str
     lr: float
     seed: int
-    top1: float | None  # percent of the test set; None where it failed
+    validation: float | None  # percent of the validation images; None where it failed
     seconds: float
     error: str = ""
 
 
 @dataclass(frozen=True)
+class FinalTest:
+    """The one test of a training that its cell has chosen."""
+
+    recipe: str  # `fingerprint`
+    row: str
+    column: str
+    lr: float
+    seed: int
+    top1: float  # percent of the test set
+    balanced: float  # the same, the mean over the classes
+
+
+@dataclass(frozen=True)
 class Entry:
-    """Trainings of a cell at the learning rate that served it best."""
+    """Trainings of a cell at the learning rate that served it best, and their tests once all of them are there."""
 
     cell: Cell
     lr: float | None  # None where nothing has run
     trainings: tuple[TrainingRow, ...] = ()
+    tests: tuple[FinalTest, ...] = ()
+
+    @property
+    def failed(self) -> int:
+        """Number of trainings that failed."""
+        return sum(training.validation is None for training in self.trainings)
 
     @property
     def accuracies(self) -> list[float]:
-        """Accuracies, in percent of the test set, of the trainings that did not fail."""
-        return [training.top1 for training in self.trainings if training.top1 is not None]
+        """Accuracies of the tests, in percent."""
+        return [test.top1 for test in self.tests]
+
+    @property
+    def balanced(self) -> list[float]:
+        """Balanced accuracies of the tests, in percent."""
+        return [test.balanced for test in self.tests]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates (at a batch of 256) that a cell chooses from: `first` times any power of `factor`."""
+
+    first: float
+    factor: float = 2.0
+    by_first_seed: bool = False  # else by the mean over all seeds
 
 
 ExtraColumns = Callable[[Sequence[Entry], Path], Mapping[str, Mapping[str, str]]]
@@ -61,6 +94,7 @@ class Study:
     claim: str
     column_title: str
     cells: tuple[Cell, ...]
-    rates: tuple[float, ...] = ()  # learning rates that each cell chooses from; else the recipe's
+    rates: Rates | None = None  # None: the recipe's own rate
     extra_columns: ExtraColumns = _no_extra_columns
+    balanced: bool = False  # show balanced accuracies too
     chart_axes: tuple[Literal["column", "macs", "seconds"], ...] = ("column",)  # a panel for each

@@ -1,13 +1,21 @@
-"""trainings.csv: the one file that keeps what the trainings of a study reached."""
+"""trainings.csv and tests.csv: what the trainings of a study reached, and the tests of those that were chosen."""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Generic, TypeVar, get_type_hints
 
 from normfree.files.csv_tables import append_csv, read_csv, reading_rows
-from normfree.studies.study import Cell, TrainingRow
+from normfree.studies.study import Cell, FinalTest, TrainingRow
 from normfree.training import Recipe
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    str: str, int: int, float: float, float | None: lambda text: float(text) if text else None,
+}  # fmt: skip
+
+Row = TypeVar("Row", TrainingRow, FinalTest)
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -16,41 +24,54 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(fields.encode()).hexdigest()[:12]
 
 
-class TrainingTable:
-    """Rows of trainings.csv, one per training, added when it is over; several processes may add."""
+class RowTable(Generic[Row]):
+    """A file of rows, one per training, added one by one; several processes may add."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[Row]) -> None:
         self.path = path
+        self.kind: type[Row] = kind
+        self._parsers = {name: _PARSERS[hint] for name, hint in get_type_hints(kind).items()}
         self._seen = (0, 0)  # time and size of the file when it was read last
-        self._found: dict[tuple[str, str, str], TrainingRow] = {}
+        self._rows: dict[tuple[str, str, str], Row] = {}
 
-    def find(self, cell: Cell, lr: float, seed: int) -> TrainingRow | None:
-        """Return the training of this recipe, rate and seed, if it is there."""
+    def rows(self) -> list[Row]:
+        """Read all rows but a last line that was interrupted. Raises ValueError for a file of something else."""
         if self.path.exists():
             seen = self.path.stat().st_mtime_ns, self.path.stat().st_size
             if seen != self._seen:
-                self._found = {(t.recipe, t.row, t.column): t for t in reversed(self.read())}
+                _, texts = read_csv(self.path)
+                with reading_rows(self.path):
+                    parsed = [
+                        self.kind(**{name: parse(row[name]) for name, parse in self._parsers.items()}) for row in texts
+                    ]
+                self._rows = {(row.recipe, row.row, row.column): row for row in reversed(parsed)}
                 self._seen = seen
+        return list(self._rows.values())
+
+    def find(self, cell: Cell, lr: float, seed: int) -> Row | None:
+        """Return the row of this recipe, rate and seed, if it is there."""
+        self.rows()
         wanted = fingerprint(dataclasses.replace(cell.recipe, lr=lr, seed=seed))
-        return self._found.get((wanted, cell.row, cell.column))
+        return self._rows.get((wanted, cell.row, cell.column))
 
-    def read(self) -> list[TrainingRow]:
-        """Read all rows but a last line that was interrupted. Raises ValueError for a file of something else."""
-        _, rows = read_csv(self.path)
-        with reading_rows(self.path):
-            return [
-                TrainingRow(
-                    row["recipe"], row["row"], row["column"], float(row["lr"]), int(row["seed"]),
-                    float(row["top1"]) if row["top1"] else None, float(row["seconds"]), row["error"],
-                )
-                for row in rows
-            ]  # fmt: skip
-
-    def add(self, training: TrainingRow) -> None:
+    def add(self, row: Row) -> None:
         """Add one row, on the disk when this returns."""
-        values = dataclasses.asdict(training)
-        values |= {
-            "top1": "" if training.top1 is None else f"{training.top1:.4f}",
-            "seconds": f"{training.seconds:.1f}",
-        }
+        values = {name: "" if value is None else value for name, value in dataclasses.asdict(row).items()}
         append_csv(self.path, list(values), [values])
+
+
+class StudyTables:
+    """The two files of a study's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.trainings = RowTable(folder / "trainings.csv", TrainingRow)
+        self.tests = RowTable(folder / "tests.csv", FinalTest)
+
+    def tried(self, cell: Cell, seeds: int) -> dict[float, tuple[TrainingRow, ...]]:
+        """Group the cell's trainings of the first seeds by learning rate, from the lowest on."""
+        rates = sorted({t.lr for t in self.trainings.rows() if (t.row, t.column) == (cell.row, cell.column)})
+        found = {
+            lr: tuple(t for seed in range(seeds) if (t := self.trainings.find(cell, lr, seed)) is not None)
+            for lr in rates
+        }
+        return {lr: trainings for lr, trainings in found.items() if trainings}

@@ -34,13 +34,14 @@ from normfree.training.step import Outcome, Step
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a training: accuracy on the test set, and whether it ended or was interrupted.
+    """Result of a training: its accuracy, and whether it ended or was interrupted.
 
     Attributes:
         out: Folder of the run.
         step: Optimizer steps done.
         finished: Whether the training reached its end.
-        accuracy: Accuracy of the last evaluation, of the averaged parameters where there are any.
+        accuracy: Accuracy of the last evaluation, of the averaged parameters where there are any, on the recipe's
+            `test_on`.
         best: Highest top-1 accuracy so far, in percent.
         stop_requested: Whether a signal asked the training to stop, even if it ended first.
         seconds: Seconds of training and testing, before an interruption and after it.
@@ -305,6 +306,8 @@ class Training:
 
     def _test(self, model: nn.Module) -> Accuracy:
         data = self.setup.data
-        accuracy, unreadable = evaluate(model, data.test_batches, self.accelerator, data.normalized)
+        accuracy, unreadable = evaluate(
+            model, data.test_batches, self.accelerator, data.normalized, classes=data.data.classes
+        )
         self._note_unreadable([name for name in unreadable if name not in self.position.unreadable])
         return accuracy

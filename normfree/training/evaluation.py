@@ -10,7 +10,7 @@ from normfree.trace.preparation import in_eval_mode
 from normfree.training.data.batches import Examples, Loader, Order, Parts, loader
 from normfree.training.data.datasets import Data
 from normfree.training.data.transforms import Normalization, testing_transform
-from normfree.training.metrics import Accuracy, accumulator, batch_totals
+from normfree.training.metrics import Accuracy, accumulator, accuracy_of, class_totals
 from normfree.training.recipes import Recipe
 
 
@@ -34,6 +34,7 @@ def evaluate(
     accelerator: Any,
     normalized: Normalization,
     *,
+    classes: int,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Accuracy, list[str]]:
     """Test the network, in eval mode, on all processes' batches together; also name what could not be read.
@@ -46,7 +47,7 @@ def evaluate(
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             buffer.copy_(broadcast(buffer))
-    total = accumulator(4, accelerator.device)
+    total = accumulator(classes, 4, device=accelerator.device)
     unreadable: list[str] = []
     with in_eval_mode(model):
         for done, batch in enumerate(batches, start=1):
@@ -54,12 +55,10 @@ def evaluate(
             labels, weights = (t.to(accelerator.device) for t in batch[1:3])
             with accelerator.autocast():
                 logits = model(images)
-            total += batch_totals(logits, labels, weights)
+            total += class_totals(logits, labels, weights)
             unreadable += batch.unreadable
             advance(done, len(batches))
-    count, loss, first, five = accelerator.reduce(total, "sum").tolist()
-    read = max(count, 1)
-    return Accuracy(round(count), loss / read, 100 * first / read, 100 * five / read), gather_object(unreadable)
+    return accuracy_of(accelerator.reduce(total, "sum")), gather_object(unreadable)
 
 
 def too_many_unreadable(unreadable: Sequence[str], limit: int) -> str:

@@ -21,6 +21,7 @@ MOVED_FACTORIES = {
 """Models that were given another name after runs had been made of them: old name -> name."""
 
 Precision = Literal["no", "bf16", "fp16", "double"]
+TestOn = Literal["test", "validation"]
 Cut = Literal["shuffled", "by_class", "dealt"]
 OnNonfinite = Literal["stop", "skip"]
 
@@ -31,10 +32,11 @@ class Recipe:
 
     model: str  # as on the command line: nf_resnet50 (ours), timm:NAME, torchvision:NAME, package.module:factory
     model_args: tuple[str, ...] = ()  # arguments of the model, such as width=0.5
-    initial: str = ""  # .safetensors of parameters to begin with, before a conversion, such as another run's; "": new
+    initial: str = ""  # weights to begin with, before a conversion: another run's .safetensors, or a .pth; "": new
     convert: bool = False  # first replace the model's normalizers, its signal set on training images
     convert_args: tuple[str, ...] = ()  # arguments of the conversion, such as alpha=1 or keep=function
     data: str  # digits, fashion_mnist, instances:PATH, wds/NAME:PATH, imagefolder:PATH, torch/NAME:PATH or hfds/…
+    test_on: TestOn = "test"  # "validation": images to choose by, held out of training where the data has none for it
     train_images: int | None = None  # how many of the training images, evenly spaced; None: all
     image_size: int | None = None  # pixels; None: the model's own
     test_size: int | None = None  # pixels of test images; None: the model's own, or those of training

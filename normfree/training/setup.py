@@ -14,15 +14,15 @@ from normfree.training.build import (
     check_runs,
     classifiers,
     image_sizes,
-    load_weights,
     model_channels,
     weight_decay,
 )
 from normfree.training.data.batches import Examples, Loader, Order, Parts, collate, loader
-from normfree.training.data.datasets import Data, Subset
+from normfree.training.data.datasets import Data, Subset, hold_out
 from normfree.training.data.mixing import Mixing
 from normfree.training.data.transforms import Normalization, training_transform
 from normfree.training.evaluation import testing_loader
+from normfree.training.initial_weights import load_initial
 from normfree.training.processes import seed_everything
 from normfree.training.recipes import Recipe, parse_arguments
 
@@ -84,8 +84,9 @@ def prepare(recipe: Recipe, accelerator: Any, data: Data) -> Setup:
 
     Raises ValueError for a recipe that cannot be, TrainingError for a network that does not run on the images.
     """
+    data = hold_out(data) if recipe.test_on == "validation" else data
     count = recipe.train_images
-    data = data if count is None else dataclasses.replace(data, train=Subset(data.train, count))
+    data = data if count is None else dataclasses.replace(data, train=Subset.spaced(data.train, count))
     seed_everything(recipe.seed)
     model = _build_model(recipe, accelerator, data)
     prepared = _prepare_data(recipe, accelerator, data, model)
@@ -103,7 +104,7 @@ def _dtype(recipe: Recipe) -> torch.dtype:
 def _build_model(recipe: Recipe, accelerator: Any, data: Data) -> nn.Module:
     model = build(recipe, data).to(_dtype(recipe))
     if recipe.initial:
-        load_weights(model, recipe.initial)
+        load_initial(model, recipe.initial)
     if recipe.channels_last and not accelerator.is_fsdp2:  # FSDP takes contiguous parameters only
         model.to(memory_format=torch.channels_last)
     return model

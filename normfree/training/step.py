@@ -49,7 +49,7 @@ class Step:
         """Take the step after `number` others, on this process's parts of a batch of `count` examples."""
         setup, accelerator = self.setup, self.setup.accelerator
         setup.optimizer.schedule.step_update(number)
-        sums = accumulator(6, accelerator.device)
+        sums = accumulator(6, device=accelerator.device)
         before = self._statistics()
         mixed = batches[0].targets.ndim > 1
         with shared_weights(setup.network.model) if len(batches) > 1 else contextlib.nullcontext():

@@ -12,8 +12,8 @@ from normfree.studies import runner
 from normfree.studies.definitions import STUDIES, define_study
 from normfree.studies.results import build_table, write_results
 from normfree.studies.runner import read_entries, run_study
-from normfree.studies.study import Cell, Study
-from normfree.studies.trainings import TrainingTable, fingerprint
+from normfree.studies.study import Cell, Rates, Study
+from normfree.studies.trainings import StudyTables, fingerprint
 from normfree.training import RECIPES, Result
 from normfree.training.metrics import Accuracy
 from tests.helpers import slow_but
@@ -31,22 +31,30 @@ def small(name):
     return dataclasses.replace(toy, cells=tuple(cells))
 
 
-def over(top1, stop_requested=False):
-    """What a training that has ended returns."""
-    return Result(Path(), 1, True, Accuracy(100, 1.0, top1, top1), top1, stop_requested, 1.0)
+def over(top1, folder, stop_requested=False):
+    """What a training that has ended leaves and returns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").touch()
+    return Result(Path(), 1, True, Accuracy(100, 1.0, top1, top1, top1), top1, stop_requested, 1.0)
+
+
+def accuracy_found(folder, **_):
+    """What a test finds."""
+    return Accuracy(100, 1.0, 80.0, 90.0, 70.0)
 
 
 @pytest.mark.parametrize("name", slow_but({"batch-size"}, STUDIES))
 def test_at_a_toy_size_every_cell_is_trained_once_and_has_its_place_in_the_table(name, tmp_path):
     toy, said = small(name), []
     found = run_study(toy, tmp_path, seeds=1, on_message=said.append)
-    assert len(found) == len(said) == len(toy.cells)
+    assert len(found) == len(toy.cells)
+    assert len(said) == 2 * len(toy.cells)  # a training and a test each
     assert [len(entry.trainings) for entry in found] == [1] * len(toy.cells)
     pictures = {"chart.png", "signal.png", "signal.csv"} if name == "ablation" else {"chart.png"}
-    files = {"runs", "trainings.csv", "results.csv", "table.md"} | pictures
+    files = {"runs", "trainings.csv", "tests.csv", "results.csv", "table.md"} | pictures
     assert {path.name for path in tmp_path.iterdir()} == files
     assert run_study(toy, tmp_path, seeds=1, on_message=said.append) == found  # nothing is trained twice
-    assert len(said) == len(toy.cells)
+    assert len(said) == 2 * len(toy.cells)
     beside = {
         "ablation": ["last block's variance at start, middle, end", "its squared mean over variance"],
         "budget": ["million multiply-accumulates", "seconds to train"],
@@ -71,7 +79,7 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
     recipe = dataclasses.replace(RECIPES["digits"], model_args=("width=0.25",))
     names = ("high", "low", "luck", "never", "none")
     cells = tuple(Cell(name, "1", dataclasses.replace(recipe, model=name)) for name in names)
-    one = Study("s", "claim", "depth", cells, rates=(0.1, 0.2, 0.4, 0.8, 1.6))
+    one = Study("s", "claim", "depth", cells, rates=Rates(0.4), balanced=True)
     best = {"high": 0.8, "low": 0.2, "luck": 0.2}
     trained = []
 
@@ -82,12 +90,19 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
         if recipe.model == "never" or recipe.lr > 1:
             raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
         if (recipe.model, recipe.lr, recipe.seed) == ("luck", 0.4, 0):
-            return over(60)
+            return over(60, folder)
         if (recipe.model, recipe.lr, recipe.seed) == ("luck", 0.4, 2):
             raise runner.NotFiniteError("the loss of step 3 is not finite; there is no checkpoint yet")
-        return over(50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed)
+        return over(50 - 10 * abs(recipe.lr - best[recipe.model]) + recipe.seed, folder)
+
+    tests = []
+
+    def evaluate_run(folder, *, data, trusted_model):
+        tests.append(folder.name.rpartition("_")[0])
+        return Accuracy(100, 1.0, 40.0 + len(tests) % 3, 90.0, 30.0)
 
     monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runner, "evaluate_run", evaluate_run)
     with pytest.raises(KeyboardInterrupt):
         run_study(one, tmp_path, seeds=3)
     tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in best | {"never": 0}}
@@ -96,19 +111,20 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
     assert tried["low"] == [(0.4, 0), (0.2, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
     # A rate that the first seed alone bears well gives way to its neighbour, and that one's neighbours are tried.
     assert tried["luck"] == [(0.4, 0), (0.2, 0), (0.8, 0), (0.4, 1), (0.4, 2), (0.1, 0), (0.2, 1), (0.2, 2)]
-    assert tried["never"][:3] == [(0.4, 0), (0.2, 0), (0.1, 0)]
+    assert tried["never"] == [(0.4 / 2**power, 0) for power in range(5)]  # and gives up
+    assert len(tests) == 9  # three seeds of what was chosen, once
     found = read_entries(one, tmp_path, 3)
     titles, rows = build_table(one, found, tmp_path)
     assert titles == ["depth", "1"]
-    assert dict(rows) == dict.fromkeys(best, "51.00 ± 1.00") | {"never": "fails", "none": "missing"}
-    assert TrainingTable(tmp_path / "trainings.csv").find(cells[3], 0.4, 0).error == "the loss of step 3 is not finite"
+    assert dict(rows) == dict.fromkeys(best, "41.00 ± 1.00 / 30.00 ± 0.00") | {"never": "fails", "none": "missing"}
+    assert StudyTables(tmp_path).trainings.find(cells[3], 0.4, 0).error == "the loss of step 3 is not finite"
     assert {path.name for path in write_results(one, tmp_path, found)} == {"results.csv", "table.md", "chart.png"}
 
 
 def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
     recipe = RECIPES["digits"]
-    done = over(90.0)
-    monkeypatch.setattr(runner, "train", lambda *_, **__: done)
+    monkeypatch.setattr(runner, "train", lambda recipe, folder, **_: over(90.0, folder))
+    monkeypatch.setattr(runner, "evaluate_run", accuracy_found)
     before = Study("s", "claim", "depth", (Cell("a", "1", recipe),))
     run_study(before, tmp_path, seeds=1)
     longer = dataclasses.replace(before, cells=(Cell("a", "1", dataclasses.replace(recipe, epochs=9)),))
@@ -117,12 +133,12 @@ def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
 
 
 def test_only_the_rows_and_columns_that_are_asked_for_are_trained(tmp_path, monkeypatch):
-    done = over(90.0)
-    monkeypatch.setattr(runner, "train", lambda *_, **__: done)
+    monkeypatch.setattr(runner, "train", lambda recipe, folder, **_: over(90.0, folder))
+    monkeypatch.setattr(runner, "evaluate_run", accuracy_found)
     one = define_study("batch-size", "digits", "toy")
     found = run_study(one, tmp_path, seeds=2, only=["64"])
     assert [len(entry.trainings) for entry in found] == [0, 0, 2, 2]
-    assert build_table(one, found, tmp_path)[1][0] == ["BatchNorm", "missing", "90.00 ± 0.00"]
+    assert build_table(one, found, tmp_path)[1][0] == ["BatchNorm", "missing", "80.00 ± 0.00"]
     found = run_study(one, tmp_path, seeds=2, only=["256", "NF"])
     assert [len(entry.trainings) for entry in found] == [0, 2, 2, 2]
     with pytest.raises(ValueError, match="batch-size has no '65'; it has 256, 64, and BatchNorm, NF"):
@@ -130,8 +146,8 @@ def test_only_the_rows_and_columns_that_are_asked_for_are_trained(tmp_path, monk
 
 
 def test_asked_to_stop_while_a_training_ends_it_begins_no_other(tmp_path, monkeypatch):
-    done = over(90.0, stop_requested=True)
-    monkeypatch.setattr(runner, "train", lambda *_, **__: done)
+    monkeypatch.setattr(runner, "train", lambda recipe, folder, **_: over(90.0, folder, stop_requested=True))
+    monkeypatch.setattr(runner, "evaluate_run", accuracy_found)
     said = []
     found = run_study(define_study("batch-size", "digits", "toy"), tmp_path, seeds=2, on_message=said.append)
     assert [len(entry.trainings) for entry in found] == [1, 0, 0, 0]
@@ -145,12 +161,13 @@ def test_a_foreign_file_is_refused(tmp_path):
 
 
 def test_a_last_line_that_was_cut_off_is_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "train", lambda *_, **__: over(90.0))
+    monkeypatch.setattr(runner, "train", lambda recipe, folder, **_: over(90.0, folder))
+    monkeypatch.setattr(runner, "evaluate_run", accuracy_found)
     one, path = define_study("batch-size", "digits", "toy"), tmp_path / "trainings.csv"
     run_study(one, tmp_path, seeds=2)
     whole = path.read_bytes()
     path.write_bytes(whole[:-12])
-    assert len(TrainingTable(path).read()) == whole.count(b"\n") - 2
+    assert len(StudyTables(tmp_path).trainings.rows()) == whole.count(b"\n") - 2
     run_study(one, tmp_path, seeds=2)
     assert path.read_bytes() == whole
 
@@ -201,16 +218,19 @@ def test_two_processes_train_together_and_one_writes(tmp_path):
         [sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = TrainingTable(tmp_path / "both" / "trainings.csv").read()
+    found = StudyTables(tmp_path / "both").trainings.rows()
     assert [(t.row, t.column, t.seed) for t in found] == [("NF", "mixed", 0), ("NF", "mixed", 1)]
-    assert done.stdout.count("seed 1") == 1
+    assert [(t.row, t.column, t.seed) for t in StudyTables(tmp_path / "both").tests.rows()] == [
+        ("NF", "mixed", 0), ("NF", "mixed", 1),
+    ]  # fmt: skip
+    assert done.stdout.count("seed 1") == 2  # trained and tested by one
 
 
 def test_one_image_at_a_time_is_a_failure_of_batch_norm(tmp_path):
     one = define_study("batch-size", "digits", "small")
     (cell,) = (c for c in one.cells if (c.row, c.column) == ("BatchNorm", "1"))
-    recipe = dataclasses.replace(cell.recipe, epochs=1, train_images=4, evaluate_every=1)
-    one = dataclasses.replace(one, cells=(dataclasses.replace(cell, recipe=recipe),), rates=(0.1,))
+    recipe = dataclasses.replace(cell.recipe, epochs=1, train_images=4, evaluate_every=1, lr=0.1)
+    one = dataclasses.replace(one, cells=(dataclasses.replace(cell, recipe=recipe),), rates=None)
     (entry,) = run_study(one, tmp_path, seeds=1)
     assert entry.accuracies == []
     assert "gives a normalizer one value per channel" in entry.trainings[0].error

@@ -1,22 +1,22 @@
 """Data sets by name: images with labels, for training and for testing."""
 
+import hashlib
 import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from normfree.arguments import checked
 from normfree.errors import suggest
-from normfree.files.whole import require_file
-from normfree.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, to_rgb
+from normfree.images import IMAGENET_MEAN, IMAGENET_STD
 from normfree.training.data.instances import instances
 from normfree.training.data.mnist_format import read_idx
 from normfree.training.data.shards import Shards, find_shards
+from normfree.training.data.timm_images import create_timm, image_folders
 
 FASHION_MNIST = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")
 """Folders in which fashion_mnist is looked for: Debian's package dataset-fashion-mnist, and torchvision's."""
@@ -25,6 +25,7 @@ _CLOTHES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 _IMAGENET = IMAGENET_MEAN, IMAGENET_STD
+_HELD_OUT = round(0.1 * 2**32).to_bytes(4, "big")  # hashes below this: a tenth
 
 
 class Images(Protocol):
@@ -59,10 +60,11 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Description):
-    """A data set for training and testing."""
+    """A data set for training and testing, and for choosing between trainings, where it has images for that."""
 
     train: Images
     test: Images
+    validation: Images | None = None
 
 
 @checked
@@ -76,10 +78,11 @@ def load(spec: str) -> Data:
             - `fashion_mnist`: 60,000 and 10,000 grey images of 28×28; `fashion_mnist:PATH` names the folder of the
               original files
             - `instances:PATH`: every image of a folder or .zip is its own class: training images are left halves, test
-              images the upper and the lower square of the right half
+              images the lower squares of the right halves, validation images the upper ones
             - `wds/NAME:PATH`: the tar files of webdataset in a folder: NAME…train….tar and NAME…val….tar (or test);
               `wds:PATH` takes all names
-            - `imagefolder:PATH`: folders `train` and `val` (or `test`) with a folder for each class
+            - `imagefolder:PATH`: folders `train` and `val` (or `test`) with a folder for each class; where both are
+              there, `val` holds the validation images
             - `torch/NAME:PATH`, `hfds/NAME`: torchvision's and Hugging Face's data sets, through timm
 
     Returns:
@@ -100,8 +103,8 @@ def load(spec: str) -> Data:
     if name == "instances":
         if not path:
             raise ValueError("data is 'instances': name a folder or .zip of images too, as in instances:PATH")
-        train, test = instances(Path(path))
-        return Data(len(train.images), *_IMAGENET, train=train, test=test)
+        train, test, validation = instances(Path(path))
+        return Data(len(train.images), *_IMAGENET, train=train, test=test, validation=validation)
     if name == "wds" or name.startswith("wds/"):
         return _load_shards(Path(path), name.removeprefix("wds").removeprefix("/"))
     return _load_timm(name, path)
@@ -125,14 +128,34 @@ class ArrayImages:
         return f"image {index}"
 
 
-class Subset:
-    """Subset of `count` images, evenly spaced in their order. Raises ValueError where there are not so many."""
+def hold_out(data: Data) -> Data:
+    """Return the data with its validation images in the place of the test set.
 
-    def __init__(self, images: Images, count: int) -> None:
+    Where there are none, a tenth of the training images, by a hash of their index, is held out of training for it.
+    """
+    if data.validation is not None:
+        return replace(data, test=data.validation)
+    held = [hashlib.sha256(b"%d" % index).digest() < _HELD_OUT for index in range(len(data.train))]
+    parts = [[index for index, is_held in enumerate(held) if is_held is wanted] for wanted in (False, True)]
+    if not all(parts):
+        raise ValueError(f"{len(data.train)} training images are too few to hold some of them out")
+    train, test = (Subset(data.train, part) for part in parts)
+    return replace(data, train=train, test=test)
+
+
+class Subset:
+    """Images of a data set, by their indices."""
+
+    def __init__(self, images: Images, chosen: Sequence[int]) -> None:
+        self.images = images
+        self.chosen = chosen
+
+    @classmethod
+    def spaced(cls, images: Images, count: int) -> "Subset":
+        """Choose `count` images, evenly spaced in their order. Raises ValueError where there are not so many."""
         if count > len(images):
             raise ValueError(f"train_images is {count}; there are {len(images)}")
-        self.images = images
-        self.chosen = [place * len(images) // count for place in range(count)]
+        return cls(images, [place * len(images) // count for place in range(count)])
 
     @property
     def labels(self) -> Sequence[int]:
@@ -207,89 +230,6 @@ def _load_shards(folder: Path, prefix: str) -> Data:
     return Data(1 + max(labels), *_IMAGENET, train=train, test=test)
 
 
-class TimmImages:
-    """A data set of timm or torchvision with an index."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        # timm's own replaces what it cannot read without a word: its reader does not.
-        self.reader = getattr(dataset, "reader", None)
-
-    @property
-    def classes(self) -> Any:
-        """Names -> numbers, of timm's readers; else None."""
-        return getattr(self.reader, "class_to_idx", None)
-
-    @property
-    def labels(self) -> Sequence[int]:
-        """Labels, read without the images where the data set knows them."""
-        known = getattr(self.dataset, "targets", None)
-        if known is None and self.reader is not None and hasattr(self.reader, "samples"):
-            known = [label for _, label in self.reader.samples]
-        return [int(label) for label in known] if known is not None else [self[i][1] for i in range(len(self))]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if self.reader is None:
-            image, label = self.dataset[index]
-            return to_rgb(image), int(label)
-        if hasattr(self.reader, "samples"):  # files of a folder
-            require_file(Path(self.name(index)))
-        file, label = self.reader[index]
-        with file, Image.open(file) as image:
-            return to_rgb(image), int(label)
-
-    def name(self, index: int) -> str:
-        """Give the file's name with its folder: training and test images may be called the same."""
-        return str(self.reader.filename(index, absolute=True)) if self.reader is not None else f"image {index}"
-
-
-def _image_folders(path: Path) -> tuple[TimmImages, TimmImages]:
-    """Read the folders train, and val, validation or test."""
-    test = next((split for split in ("val", "validation", "test") if (path / split).is_dir()), None)
-    if test is None or not (path / "train").is_dir():
-        raise ValueError(f"{path} has no folders train and val (or test): it would be tested on what it trains on")
-    train = _in_folders_of_classes(path / "train")
-    here = _in_folders_of_classes(path / test).classes
-    unknown = [name for name in here if name not in train.classes]
-    if unknown:  # timm would leave them out
-        raise ValueError(f"{path / test} has classes that {path / 'train'} does not have: {', '.join(unknown[:5])}")
-    # Numbered as in training, also where a class has no test image.
-    return train, _create("", str(path / test), "", class_map=train.classes)
-
-
-def _in_folders_of_classes(path: Path) -> TimmImages:
-    """Read the images that lie in the folder of a class, without hidden ones, as Jupyter's copies; warn of others."""
-    found = _create("", str(path), "")
-    names = [name for name in found.classes if name and not name.startswith(".")]
-    if not names:
-        raise ValueError(f"{path} has no folder of images for each class")
-    if len(names) == len(found.classes):
-        return found
-    kept = _create("", str(path), "", class_map={name: index for index, name in enumerate(names)})
-    warnings.warn(
-        f"{len(found) - len(kept)} images of {path} lie in no class's folder, or in a hidden one: they are left out",
-        stacklevel=2,
-    )
-    return kept
-
-
-def _create(name: str, path: str, split: str, *others: str, **arguments: Any) -> TimmImages:
-    """Open the first split that exists. Raises ValueError where timm cannot, FileNotFoundError for an empty folder."""
-    from timm.data import create_dataset
-    from timm.data.readers import add_img_extensions
-
-    add_img_extensions(SUFFIXES)  # timm by itself would leave out all but .png and .jpg, without a word
-    try:
-        return TimmImages(create_dataset(name, root=path or None, split=split, **arguments))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if others:
-            return _create(name, path, *others, **arguments)
-        raise ValueError(f"{name or 'imagefolder'} cannot be read from {path}: {error}") from error
-
-
 def _load_timm(name: str, path: str) -> Data:
     if name.startswith(("tfds/", "hfids/")):
         raise ValueError(f"{name} is a stream; give a data set with an index, such as imagefolder, wds/… or hfds/…")
@@ -297,10 +237,11 @@ def _load_timm(name: str, path: str) -> Data:
         raise ValueError(f"data is {name!r}: name its folder too, as in imagefolder:PATH (or use digits)")
     if path and not os.path.isdir(path):
         raise FileNotFoundError(f"there is no folder {path} for {name}")
+    validation = None
     if name == "imagefolder":
-        train, test = _image_folders(Path(path))
+        train, test, validation = image_folders(Path(path))
     elif name.startswith(("torch/", "hfds/")) and name not in ("torch/folder", "torch/image_folder"):
-        train, test = _create(name, path, "train"), _create(name, path, "validation", "test")
+        train, test = create_timm(name, path, "train"), create_timm(name, path, "validation", "test")
     else:
         known = ("digits", "fashion_mnist", "instances", "wds", "imagefolder")
         raise ValueError(
@@ -309,4 +250,4 @@ def _load_timm(name: str, path: str) -> Data:
     names = train.classes
     labels = names or getattr(train.dataset, "classes", None)
     classes = len(labels) if labels else 1 + max(train.labels)
-    return Data(classes, *_IMAGENET, tuple(map(str, labels or ())), train=train, test=test)
+    return Data(classes, *_IMAGENET, tuple(map(str, labels or ())), train=train, test=test, validation=validation)

@@ -63,17 +63,18 @@ VIEWS = 8
 """Number of times that an epoch of instances shows each image, every time another crop of its left half."""
 
 
-def instances(path: Path) -> tuple[Instances, Instances]:
-    """Training images, left halves, and test images, two squares of the right half, of a folder or a .zip.
+def instances(path: Path) -> tuple[Instances, Instances, Instances]:
+    """Training images, left halves, test and validation images, the lower and the upper squares of the right halves.
 
-    Near-duplicates and flat images are left out, and those that cannot be read, with a warning. Raises
-    FileNotFoundError where there is neither, ValueError for fewer than two images and for an archive that is damaged.
+    The images are those of a folder or a .zip; near-duplicates and flat ones are left out, and those that cannot be
+    read, with a warning. Raises FileNotFoundError where there is neither, ValueError for fewer than two images and for
+    an archive that is damaged.
     """
     images, names = _distinct(_images_of(path))
     if len(images) < 2:
         raise ValueError(f"{path} holds {len(images)} distinct images; instances need at least 2")
-    right = [functools.partial(_right_square, lower) for lower in (False, True)]
-    return Instances(images, names, [_left] * VIEWS), Instances(images, names, right)
+    test, validation = (Instances(images, names, [functools.partial(_right_square, low)]) for low in (True, False))
+    return Instances(images, names, [_left] * VIEWS), test, validation
 
 
 def _images_of(path: Path) -> list[tuple[str, Image.Image]]:

@@ -15,6 +15,7 @@ from normfree.errors import TrainingError
 from normfree.training.build import build, image_sizes, load_weights, model_channels
 from normfree.training.data import load
 from normfree.training.data.batches import watching_workers
+from normfree.training.data.datasets import Data
 from normfree.training.data.transforms import Normalization
 from normfree.training.evaluation import evaluate, testing_loader, too_many_unreadable
 from normfree.training.metrics import Accuracy
@@ -79,16 +80,16 @@ def _run_of(path: str | Path) -> Path:
 def evaluate_run(
     run: str | Path,
     *,
-    data: str | None = None,
+    data: str | Data | None = None,
     weights: str | Path | None = None,
     trusted_model: str | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Test the network of a run's folder, or of one of its checkpoints, on the run's data, or on `data`.
+    """Test the network of a run's folder, or of one of its checkpoints, on the run's test set, or that of `data`.
 
     Args:
         run: Folder of a run, or of one of its checkpoints.
-        data: Another data set, with the same classes, named as in a recipe.
+        data: Another data set, with the same classes, named as in a recipe or loaded already.
         weights: Another .safetensors file.
         trusted_model: The run's model again, as for `load_run`.
         advance: Function that is called with the number of batches done and their total.
@@ -103,16 +104,17 @@ def evaluate_run(
     """
     recipe, known = folder.read_run(_run_of(run))
     network = load_run(run, weights=weights, trusted_model=trusted_model)
-    tested = load(data or recipe.data)
+    tested = data if isinstance(data, Data) else load(data or recipe.data)
     if tested.classes != known.classes or (tested.names and known.names and tested.names != known.names):
-        raise ValueError(f"{data or recipe.data} has other classes than the network was trained on")
+        named = data if isinstance(data, str) else recipe.data
+        raise ValueError(f"{named} has other classes than the network was trained on")
     with accelerator_for(replace(recipe, log=()), _run_of(run)) as accelerator:
         size, channels = image_sizes(recipe, network)[1], model_channels(network, known)
         normalized = Normalization(known, channels, next(network.parameters()).dtype)
         loaded = testing_loader(recipe, tested, size, channels, accelerator)
         with watching_workers(str), contextlib.closing(loaded) as batches:
             accuracy, unreadable = evaluate(
-                network.to(accelerator.device), batches, accelerator, normalized, advance=advance
+                network.to(accelerator.device), batches, accelerator, normalized, classes=known.classes, advance=advance
             )
     names = list(dict.fromkeys(unreadable))
     if len(names) > recipe.max_unreadable:

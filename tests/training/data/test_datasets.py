@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.training.data.datasets import load
+from normfree.training.data.datasets import ArrayImages, Data, hold_out, load
 from normfree.training.data.instances import VIEWS
 
 
@@ -72,10 +72,10 @@ def test_every_photograph_is_a_class_with_its_left_part_for_training(archive, tm
     with pytest.warns(UserWarning, match=r"cannot read 1 images of .*broken\.png"):
         data = load(f"instances:{path}")
     assert data.classes == 5
-    assert (len(data.train), len(data.test)) == (5 * VIEWS, 2 * 5)
+    assert (len(data.train), len(data.test), len(data.validation)) == (5 * VIEWS, 5, 5)
     left, label = data.train[5 + 3]
     assert label == 3
-    upper, lower = data.test[3][0], data.test[5 + 3][0]
+    upper, lower = data.validation[3][0], data.test[3][0]
     assert left.size == (32, 48)
     assert upper.size == lower.size == (32, 32)
     whole = np.asarray(data.train.images[3])
@@ -293,3 +293,37 @@ def test_folders_without_folders_of_classes_are_refused(tmp_path):
         picture(0).save(tmp_path / part / "cat.png")
     with pytest.raises(ValueError, match="train has no folder of images for each class"):
         load(f"imagefolder:{tmp_path}")
+
+
+def test_a_tenth_of_the_training_images_is_held_out_by_a_hash_where_there_are_none_to_validate():
+    numbers = np.arange(2000, dtype=np.uint32).view(np.uint8).reshape(-1, 2, 2)
+    train = ArrayImages(numbers, [0] * 2000)
+    held = hold_out(Data(1, (0.5,), (0.5,), train=train, test=ArrayImages(numbers[:1], [0])))
+    parts = [{np.asarray(images[i][0]).tobytes() for i in range(len(images))} for images in (held.train, held.test)]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 2000
+    assert 160 < len(held.test) < 240
+    # The choice of an image does not depend on how many there are.
+    fewer = hold_out(Data(1, (0.5,), (0.5,), train=ArrayImages(numbers[:500], [0] * 500), test=train))
+    assert held.test.chosen[: len(fewer.test)] == fewer.test.chosen
+    assert [held.test.name(0), held.test.labels[0]] == [f"image {held.test.chosen[0]}", 0]
+    with pytest.raises(ValueError, match="1 training images are too few"):
+        hold_out(Data(1, (0.5,), (0.5,), train=ArrayImages(numbers[:1], [0]), test=train))
+
+
+def test_folders_to_validate_and_to_test_are_told_apart(tmp_path):
+    for part, count in (("train", 3), ("val", 2), ("test", 1)):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(count):
+                picture(number).save(tmp_path / part / label / f"{number}.png")
+    data = load(f"imagefolder:{tmp_path}")
+    assert [len(images) for images in (data.train, data.validation, data.test)] == [6, 4, 2]
+    chosen = hold_out(data)
+    assert (len(chosen.train), len(chosen.test)) == (6, 4)
+    shutil.rmtree(tmp_path / "test" / "b")
+    assert load(f"imagefolder:{tmp_path}").test.labels == [0]
+    shutil.rmtree(tmp_path / "test" / "a")  # as ImageNet's, without labels
+    picture(0).save(tmp_path / "test" / "0.png")
+    data = load(f"imagefolder:{tmp_path}")
+    assert (len(data.test), data.validation) == (4, None)
