@@ -121,7 +121,15 @@ def make_plan(
         standardize = not exactly and not (scale_depthwise and is_depthwise(layer)) and fan_in(layer) > 1
         written = computes_its_own(layer)
         layers.append(
-            PlannedLayer(path, norm, bias is not None or exactly, path in structure.ends, standardize, written)
+            PlannedLayer(
+                path,
+                norm,
+                bias is not None or exactly,
+                path in structure.ends and not exactly,
+                standardize,
+                statistics=exactly and norm is not None,
+                written=written,
+            )
         )
     for path in gone:
         # What a convolution returns to its normalizer alone may be overwritten; a stream may not.

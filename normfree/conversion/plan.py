@@ -29,6 +29,7 @@ class PlannedLayer:
     bias: bool
     skip_gain: bool
     standardize: bool
+    statistics: bool = False  # the normalizer's, in eval mode, stay with its scale and shift
     written: bool = False  # its class pads or crops around what torch's layer computes
 
 

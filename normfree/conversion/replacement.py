@@ -112,12 +112,9 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
         **arguments, bias=planned.bias, device="meta", dtype=weight.dtype,
         skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
     )  # fmt: skip
-    for name, parameter in list(layer.named_parameters()):
-        if name != "weight":
-            fill = weight.new_zeros if name == "bias" else weight.new_ones
-            setattr(layer, name, nn.Parameter(fill(parameter.shape)))
-    for name, buffer in list(layer.named_buffers()):
-        setattr(layer, name, buffer.to(weight.device))
+    if planned.statistics:
+        layer.hold_statistics()
+    _fill(layer, weight)
     if is_bounded(plain):
         _move_bounds(plain, layer)
     else:
@@ -131,6 +128,16 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
         if parameter is not bias:
             parameter.requires_grad_(weight.requires_grad)
     return layer.train(plain.training)
+
+
+def _fill(layer: ScaledWS, weight: Tensor) -> None:
+    """Make what a layer on the meta device holds besides its weight: gains 1, biases 0, the buffers as they are."""
+    for name, parameter in list(layer.named_parameters()):
+        if name != "weight":
+            fill = weight.new_zeros if name == "bias" else weight.new_ones
+            setattr(layer, name, nn.Parameter(fill(parameter.shape)))
+    for name, buffer in list(layer.named_buffers()):
+        setattr(layer, name, weight.new_ones(buffer.shape) if buffer.is_meta else buffer.to(weight.device))
 
 
 def is_bounded(layer: nn.Module) -> bool:
@@ -174,25 +181,33 @@ def remainder(norm: Any, removed: RemovedNorm) -> nn.Module:
 def _affine_for(norm: Any) -> ChannelAffine:
     """Make the map that a normalizer with running statistics is in eval mode."""
     weight, bias = affine_of(norm)
-    slopes, shifts = affine_in_eval_mode(norm)
-    layer = ChannelAffine(len(slopes), norm.running_var.device, norm.running_var.dtype)
+    scale, center = statistics_of(norm)
+    layer = ChannelAffine(len(scale), norm.running_var.device, norm.running_var.dtype)
     with torch.no_grad():
         if weight is not None:
             layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
+        layer.scale.copy_(scale)
+        layer.center.copy_(center)
+    for mine, its in ((layer.weight, weight), (layer.bias, bias)):
+        mine.requires_grad_(its is not None and its.requires_grad)
+    return layer
+
+
+def statistics_of(norm: Any) -> tuple[Tensor, Tensor]:
+    """Return scale and center, (C,), float64, of a normalizer in eval mode: weight · scale · (x − center) + bias."""
+    with torch.no_grad():
         if isinstance(norm, nn.modules.batchnorm._NormBase):
             mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
             assert mean is not None
             assert variance is not None
-            layer.scale.copy_((variance.double() + norm.eps).rsqrt())
-            layer.center.copy_(mean)
-        else:
-            layer.scale.copy_(torch.where(layer.weight == 0, 1.0, slopes / layer.weight.double()))
-            layer.center.copy_(torch.where(slopes == 0, 0.0, (layer.bias.double() - shifts) / slopes))
-    for mine, its in ((layer.weight, weight), (layer.bias, bias)):
-        mine.requires_grad_(its is not None and its.requires_grad)
-    return layer
+            return (variance.double() + norm.eps).rsqrt(), mean.double()
+        slopes, shifts = affine_in_eval_mode(norm)
+        weight, bias = affine_of(norm)
+        scale = slopes if weight is None else torch.where(weight == 0, 1.0, slopes / weight.double())
+        shift = -shifts if bias is None else bias.double() - shifts
+        return scale, torch.where(slopes == 0, 0.0, shift / slopes)
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -234,18 +249,19 @@ def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> N
 
 
 def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
-    """Set gains, common scale and bias such that the layer does what `plain` and then `norm`, in eval mode, do."""
+    """Give a layer with a normalizer's scale and shift its statistics too: it does what `plain` and then `norm` do."""
+    scale, center = statistics_of(norm)
+    weight, shift = affine_of(norm)
+    bias = getattr(plain, "bias", None)
     with torch.no_grad():
-        # Gains are to be about as large as the normalizer's.
-        common = (norm.running_var.double() + getattr(norm, "eps", 1e-5)).log().mean().mul(-0.5).exp()
-        slopes, shifts = affine_in_eval_mode(norm)
         if layer.skip_gain is not None:
             layer.skip_gain.fill_(1)
-        layer.in_scale.copy_(common)
-        layer.gain.copy_(slopes / common)
-        assert layer.bias is not None
-        bias = getattr(plain, "bias", None)
-        layer.bias.copy_(shifts + (0 if bias is None else slopes * bias))
+        if weight is not None:
+            layer.gain.copy_(weight)
+        layer.channel_scale.copy_(scale)
+        layer.channel_center.copy_(center if bias is None else center - bias.double())
+        if bias is not None and shift is None:
+            layer.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=bias.requires_grad)
 
 
 def _normalize(layer: ScaledWS) -> None:

@@ -53,10 +53,19 @@ class ScaledWS(Scales):
     per output channel, N = fan-in. `gain` is (out_channels,), `skip_gain` (1,); `in_scale` and `out_scale` are
     persistent float32 buffers (float64 in a float64 layer). `out_channels` and `channel_axis` say what the output's
     channels are and where it has them.
+
+    With `standardize=False` filters stay as they are, W instead of (W − mean(W)) · rsqrt(…). Such a layer may hold the
+    statistics that a normalizer had when it was removed, `channel_scale` and `channel_center`, (out_channels,): the
+    gain then scales what is centred, as the normalizer's did, at the learning rates that suited it:
+
+        W_eff = out_scale · skip_gain · slope ⊙ W                        slope = in_scale · gain · channel_scale
+        b_eff = out_scale · skip_gain · (bias − slope · channel_center)
     """
 
     in_scale: Tensor
     gain: nn.Parameter
+    channel_scale: Tensor  # where `hold_statistics` was called
+    channel_center: Tensor
     weight: Tensor
     bias: Tensor | None
     out_channels: int
@@ -91,6 +100,13 @@ class ScaledWS(Scales):
                 self.bias.zero_()
         super().reset_parameters()
 
+    def hold_statistics(self) -> None:
+        """Register `channel_scale`, ones, and `channel_center`, zeros. Raises ValueError where it standardizes."""
+        if self.standardize or self.bias is None:
+            raise ValueError("statistics are held by layers with a bias that do not standardize")
+        self.register_buffer("channel_scale", torch.ones_like(self.gain, requires_grad=False))
+        self.register_buffer("channel_center", torch.zeros_like(self.gain, requires_grad=False))
+
     def filters(self, weight: Tensor) -> Tensor:
         """Return the weight as (out_channels, …), a filter for each channel of the output."""
         return weight
@@ -118,6 +134,9 @@ class ScaledWS(Scales):
         out_scale = self._out_scale()
         bias = None if self.bias is None else self.bias * out_scale.to(self.bias.dtype)
         scale = self.gain * (self.in_scale * out_scale)
+        if bias is not None and "channel_scale" in self._buffers:
+            scale = scale * self.channel_scale
+            bias = bias - (scale * self.channel_center).to(bias.dtype)
         filters = self.filters(self.weight)
         if self.standardize:
             weight = standardized(filters, scale, self.eps)

@@ -233,6 +233,39 @@ def _convert(base: Recipe, budget: Budget) -> Study:
     )  # fmt: skip
 
 
+def _finetune(base: Recipe, budget: Budget) -> Study:
+    networks = {"MobileNetV2": "mobilenet_v2", "EfficientNet-Lite0": "efficientnet_lite0"}
+    kinds: dict[str, dict[str, Any]] = {
+        _BATCH_NORM: {},
+        "frozen BatchNorm": {"model_args": ("norm=frozen",)},
+        "GroupNorm": {"model_args": ("norm=group",)},
+        "converted, function kept": {"convert": True, "convert_args": ("keep=function",)},
+        "converted, weights kept": {"convert": True},
+    }
+    sizes = {"toy": (16,), "small": (16, 4, 2, 1), "full": (64, 16, 4, 2, 1)}[budget]
+    epochs, size = {"toy": (1, 32), "small": (3, 96), "full": (30, 224)}[budget]
+    base = replace(
+        base, model_args=(), image_size=size, test_size=size, epochs=epochs, warmup_epochs=0.1 * epochs,
+        evaluate_every=epochs, crop_scale=0.5, flip=True, weight_decay=None, drop_rate=0.2, stochastic_depth_rate=None,
+        signal_every=0, workers=0,
+    )  # fmt: skip
+    cells = [
+        Cell(f"{network}, {kind}", str(batch), replace(
+            base, model=f"normfree.studies.pretrained:{factory}", batch=batch, **changes,
+        ))
+        for network, factory in networks.items()
+        for batch in sizes
+        for kind, changes in kinds.items()
+        if batch != 1 or network == "MobileNetV2"
+    ]  # fmt: skip
+    return Study(
+        "finetune",
+        "A pretrained network that is converted with its function kept trains on as with frozen BatchNorm, and on "
+        "small batches at least as well as with BatchNorm.",
+        "batch", tuple(cells), Rates(0.025, 4.0, by_first_seed=True) if budget != "toy" else None, balanced=True,
+    )  # fmt: skip
+
+
 STUDIES: dict[str, Callable[[Recipe, Budget], Study]] = {
     "microbatch": _microbatch,
     "batch-size": _batch_size,
@@ -242,5 +275,6 @@ STUDIES: dict[str, Callable[[Recipe, Budget], Study]] = {
     "large-rate": _large_rate,
     "regularization": _regularization,
     "convert": _convert,
+    "finetune": _finetune,
 }
 """The studies by name."""

@@ -5,8 +5,8 @@
     apt-get install openclipart-png
     python -m normfree.studies.image_folders openclipart --out data/openclipart
 
-- elpv: 2,624 photographs of solar cells in electroluminescence (300 × 300, grey), four degrees of defect (Buerhop-Lutz et
-  al. 2018; images CC BY-NC-SA 4.0).
+- elpv: 2,624 photographs of solar cells in electroluminescence (300 × 300, grey), four degrees of defect
+  (Buerhop-Lutz et al. 2018; images CC BY-NC-SA 4.0).
 - openclipart: 3,990 drawings in 21 categories (public domain), without shapes/stars, computer/icons and the links to
   drawings of another name; what is transparent becomes white.
 

