@@ -25,7 +25,7 @@ def small(name):
     cells = []
     for cell in toy.cells:
         recipe = cell.recipe
-        if recipe.model_args:
+        if recipe.model_args and not recipe.model.startswith("normfree.studies.pretrained"):
             recipe = dataclasses.replace(recipe, model_args=("width=0.25", *recipe.model_args[1:]))
         cells.append(dataclasses.replace(cell, recipe=dataclasses.replace(recipe, batch=recipe.batch * 6)))
     return dataclasses.replace(toy, cells=tuple(cells))
@@ -44,7 +44,7 @@ def accuracy_found(folder, **_):
 
 
 @pytest.mark.parametrize("name", slow_but({"batch-size"}, STUDIES))
-def test_at_a_toy_size_every_cell_is_trained_once_and_has_its_place_in_the_table(name, tmp_path):
+def test_at_a_toy_size_every_cell_is_trained_once_and_has_its_place_in_the_table(name, tmp_path, weight_packages):
     toy, said = small(name), []
     found = run_study(toy, tmp_path, seeds=1, on_message=said.append)
     assert len(found) == len(toy.cells)
