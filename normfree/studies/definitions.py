@@ -46,11 +46,13 @@ def _rates(budget: Budget) -> Rates | None:
 
 
 def _network(base: Recipe, name: str, *arguments: str, **changes: object) -> Recipe:
-    """Give `base` the network of that name and the depth of `base`, where the name leaves it open."""
-    model = name.format(base.model.removeprefix("nf_resnet"))
-    return replace(base, model=model, model_args=(*base.model_args, *arguments), **changes)  # type: ignore[arg-type]
+    """Give `base` the network of that name and the depth of `base`, where the name or an argument leaves it open."""
+    depth = base.model.removeprefix("nf_resnet")
+    given = (*base.model_args, *(argument.format(depth) for argument in arguments))
+    return replace(base, model=name.format(depth), model_args=given, **changes)  # type: ignore[arg-type]
 
 
+_SUCCESSORS = {"DyT": "dyt", "Derf": "derf"}
 _PAIR = ((_BATCH_NORM, "bn_resnet{}"), (_NF, "nf_resnet{}"))
 
 
@@ -134,6 +136,10 @@ def _ablation(base: Recipe, budget: Budget) -> Study:
         "without SkipInit gains": ("nf_resnet{}", ("skip_gain=null",)),
         "without filter gains": ("nf_resnet{}", ("filter_gains=false",)),
         **{f"α = {alpha}": ("nf_resnet{}", (f"alpha={alpha}",)) for alpha in (0.1, 0.5, 1)},
+        **{
+            f"{name}, not NF": ("normfree.studies.successors:bn_resnet", (f"norm={norm}", "depth={}"))
+            for name, norm in _SUCCESSORS.items()
+        },
     }
     cells = [
         Cell(row, "accuracy", _network(base, name, *arguments, signal_every=20 if budget == "toy" else 60))
@@ -205,17 +211,19 @@ def _convert(base: Recipe, budget: Budget) -> Study:
         "8 parts of one class": {"cut": "by_class", "accumulate": 8},
     }  # fmt: skip
     kinds: dict[str, tuple[tuple[str, ...], bool]] = {
-        _BATCH_NORM: ((), False), "converted": ((), True), "without either": (("norm=false",), False),
+        _BATCH_NORM: ((), False), "converted": ((), True), "without either": (("norm=none",), False),
+        **{name: ((f"norm={norm}",), False) for name, norm in _SUCCESSORS.items()},
     }  # fmt: skip
     if budget == "full":
         networks = {"torchvision's ResNet-50": ("torchvision:resnet50", ())}
-        del kinds["without either"]  # which torchvision cannot build
+        kinds = {name: kinds[name] for name in (_BATCH_NORM, "converted")}  # which torchvision can build
     if budget == "toy":
         base, networks = replace(base, train_images=480), {"ResNet-20": networks["ResNet-20"]}
     if budget != "small":
         for name in ("batch 64, longer", "batch 2", "batch 2, longer", "batch 1"):
             del columns[name]
-    plain = next(iter(columns))  # what all are compared on; how batches are cut, by one network alone
+    # What all are compared on, and what those that need no batch are; how batches are cut, by one network alone.
+    plain, of_successors = next(iter(columns)), {"batch 64", "batch 2", "batch 1"}
     cells = [
         Cell(f"{network}, {kind}", column, replace(
             base, model=model, model_args=(*arguments, *more), convert=converted, **changes,
@@ -223,7 +231,9 @@ def _convert(base: Recipe, budget: Budget) -> Study:
         for network, (model, arguments) in networks.items()
         for kind, (more, converted) in kinds.items()
         for column, changes in columns.items()
-        if column == plain or (kind != "without either" and ("cut" not in changes or network == next(iter(networks))))
+        if column == plain
+        or (kind in _SUCCESSORS and column in of_successors)
+        or (kind in (_BATCH_NORM, "converted") and ("cut" not in changes or network == next(iter(networks))))
     ]  # fmt: skip
     return Study(
         "convert",

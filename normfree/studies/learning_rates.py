@@ -13,9 +13,9 @@ _GIVE_UP = 5
 def next_rate_and_seed(rates: Rates | None, cell: Cell, tables: StudyTables, seeds: int) -> tuple[float, int] | None:
     """Choose the learning rate and the seed of the cell's next training; None where all have run.
 
-    The first seed tries rates from the first one downwards, or else upwards, until both neighbours of the best are
-    known; where `_GIVE_UP` failed and none did not, it gives up. Downwards first: beyond a rate that fails may be
-    one that merely kills the network.
+    The first seed tries the first rate, its neighbours, and on until both neighbours of the best are known. Where all
+    fail it goes down alone, since beyond a rate that fails may be one that merely kills the network, and gives up after
+    `_GIVE_UP` of them.
     """
     tried = tables.tried(cell, seeds)
     if not tried:
@@ -27,7 +27,8 @@ def next_rate_and_seed(rates: Rates | None, cell: Cell, tables: StudyTables, see
         failing = _mean(tried[best]) < 0
         if failing and len(tried) >= _GIVE_UP:
             return None
-        for lr in (best / rates.factor, *([] if failing else [best * rates.factor])):
+        of_first = () if failing else (rates.first / rates.factor, rates.first * rates.factor)
+        for lr in (*of_first, best / rates.factor, *([] if failing else [best * rates.factor])):
             if lr not in tried:
                 return lr, 0
     return next(((best, seed) for seed in range(1, seeds) if tables.trainings.find(cell, best, seed) is None), None)

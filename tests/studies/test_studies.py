@@ -106,9 +106,9 @@ def test_rates_are_chosen_by_the_best_mean_and_cells_may_fail_or_be_missing(tmp_
     with pytest.raises(KeyboardInterrupt):
         run_study(one, tmp_path, seeds=3)
     tried = {name: [(lr, seed) for model, lr, seed in trained if model == name] for name in best | {"never": 0}}
-    # From the middle downwards, else upwards, until both neighbours of the best are known.
+    # The first rate, both of its neighbours, and on until both neighbours of the best are known.
     assert tried["high"] == [(0.4, 0), (0.2, 0), (0.8, 0), (1.6, 0), (0.8, 1), (0.8, 2)]
-    assert tried["low"] == [(0.4, 0), (0.2, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
+    assert tried["low"] == [(0.4, 0), (0.2, 0), (0.8, 0), (0.1, 0), (0.2, 1), (0.2, 2)]
     # A rate that the first seed alone bears well gives way to its neighbour, and that one's neighbours are tried.
     assert tried["luck"] == [(0.4, 0), (0.2, 0), (0.8, 0), (0.4, 1), (0.4, 2), (0.1, 0), (0.2, 1), (0.2, 2)]
     assert tried["never"] == [(0.4 / 2**power, 0) for power in range(5)]  # and gives up
