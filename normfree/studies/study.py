@@ -3,9 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from normfree.training import Recipe
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -14,7 +12,7 @@ class Cell:
 
     row: str
     column: str
-    recipe: Recipe
+    recipe: Any  # Recipe, or another frozen dataclass with lr and seed that decides all of a training
 
 
 @dataclass(frozen=True)

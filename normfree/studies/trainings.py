@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 from normfree.files.csv_tables import append_csv, read_csv, reading_rows
 from normfree.studies.study import Cell, FinalTest, TrainingRow
-from normfree.training import Recipe
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {
     str: str, int: int, float: float, float | None: lambda text: float(text) if text else None,
@@ -18,7 +17,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 Row = TypeVar("Row", TrainingRow, FinalTest)
 
 
-def fingerprint(recipe: Recipe) -> str:
+def fingerprint(recipe: Any) -> str:
     """Digest every field of a recipe: another value, or another default, is another training."""
     fields = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
     return hashlib.sha256(fields.encode()).hexdigest()[:12]

@@ -1,0 +1,260 @@
+"""Segmentation of a brain in 3-D, one and two patches at a time: BatchNorm, GroupNorm, InstanceNorm, converted.
+
+    apt-get install mricron-data
+    pip install monai nibabel
+    python -m normfree.studies.segmentation --out docs/results/segmentation-brain [--only converted] [--seeds 3]
+
+MONAI's residual U-Net learns the 54 regions of the AAL atlas, left and right merged and the vermis left out, on the
+left half of Debian's T1 volume (2 mm). A coronal slab of that half, of which no patch is trained, chooses the learning
+rate by the first seed, as `normfree study` does; the right half, mirrored, tests once. All kinds see the same patches,
+and as many at either batch. Accuracies are Dice coefficients in percent, means over the regions.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.benchmarks.measure import added_peak
+from normfree.conversion import convert
+from normfree.files.csv_tables import append_csv, read_csv, reading_rows
+from normfree.files.tensors import load_state, read_tensors, write_tensors
+from normfree.studies.learning_rates import chosen_rate, next_rate_and_seed
+from normfree.studies.results import write_results
+from normfree.studies.runner import read_entries
+from normfree.studies.study import Cell, Entry, FinalTest, Rates, Study, TrainingRow
+from normfree.studies.trainings import StudyTables, fingerprint
+
+TEMPLATES = Path("/usr/share/mricron/templates")
+CLASSES = 55  # 0 is what is no region
+SLAB = slice(50, 66)  # coronal planes of the left half that validate
+BATCHES = (1, 2)
+_VERMIS = 108  # labels above it
+_PATCH = (32, 32, 32)
+_NORMS: dict[str, Any] = {
+    "BatchNorm": "batch",
+    "GroupNorm": ("group", {"num_groups": 8}),
+    "InstanceNorm": ("instance", {"affine": True}),
+    "converted": "batch",
+}
+KINDS = tuple(_NORMS)
+
+
+@dataclass(frozen=True)
+class Half:
+    """Half of a brain: image (1, X, Y, Z), of mean 0 and deviation 1 in the brain, and labels (X, Y, Z)."""
+
+    image: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that decides how a network is trained."""
+
+    kind: str  # one of KINDS
+    batch: int
+    patches: int  # that it sees
+    lr: float  # AdamW's
+    seed: int = 0
+
+
+def read_halves(templates: Path = TEMPLATES) -> tuple[Half, Half]:
+    """Read the left half of the brain, and the right one mirrored, every second millimetre.
+
+    Raises ImportError without nibabel, FileNotFoundError where there are no templates.
+    """
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ImportError("reading brains needs nibabel: pip install monai nibabel") from error
+    if not (templates / "aal.nii.gz").exists():
+        raise FileNotFoundError(f"there is no aal.nii.gz in {templates}: install Debian's mricron-data")
+    files: list[Any] = [nibabel.load(templates / f"{name}.nii.gz") for name in ("ch2bet", "aal")]
+    image, labels = (np.asarray(file.dataobj) for file in files)
+    middle = image.shape[0] // 2  # the plane between the halves, which belongs to neither
+    return _half(image[:middle], labels[:middle]), _half(image[:middle:-1], labels[:middle:-1])
+
+
+def _half(image: np.ndarray, labels: np.ndarray) -> Half:
+    """Halve the resolution: means of the image, every second label; sides are multiples of four, as the U-Net asks."""
+    sides = [side // 8 * 8 for side in image.shape]
+    box = tuple(slice(0, side) for side in sides)
+    pixels = F.avg_pool3d(torch.from_numpy(image[box].astype(np.float32))[None, None], 2)[0]
+    inside = pixels[pixels > 0]
+    numbers = torch.from_numpy(labels[box][::2, ::2, ::2].astype(np.int64))
+    merged = torch.where(numbers > _VERMIS, 0, (numbers + 1) // 2)
+    return Half((pixels - inside.mean()) / inside.std(), merged)
+
+
+class Patches:
+    """Patches of the left half that lie outside of the slab and hold a region: the same for every kind."""
+
+    def __init__(self, half: Half, seed: int) -> None:
+        self.half = half
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Draw images (N, 1, X, Y, Z) and labels (N, X, Y, Z)."""
+        found = [self._one() for _ in range(count)]
+        return torch.stack([image for image, _ in found]), torch.stack([labels for _, labels in found])
+
+    def _one(self) -> tuple[Tensor, Tensor]:
+        while True:
+            spaces = [side - patch + 1 for side, patch in zip(self.half.labels.shape, _PATCH, strict=True)]
+            starts = [int(torch.randint(space, (), generator=self.generator)) for space in spaces]
+            box = tuple(slice(start, start + patch) for start, patch in zip(starts, _PATCH, strict=True))
+            labels = self.half.labels[box]
+            if (box[1].stop <= SLAB.start or box[1].start >= SLAB.stop) and bool((labels > 0).any()):
+                return self.half.image[:, *box], labels
+
+
+def make_network(training: Training, left: Half) -> nn.Module:
+    """Make MONAI's U-Net of the training's kind; a conversion sets its signal on eight patches."""
+    from monai.networks import nets
+
+    torch.manual_seed(training.seed)
+    norm = _NORMS[training.kind]
+    network: Any = nets.UNet(3, 1, CLASSES, (16, 32, 64), (2, 2), num_res_units=2, act="RELU", norm=norm)  # type: ignore[attr-defined]
+    if training.kind != "converted":
+        return network
+    return convert(network, Patches(left, training.seed + 1000).draw(8)[0]).model
+
+
+def train_network(training: Training, left: Half) -> nn.Module:
+    """Train on patches of the left half; return the network in eval mode."""
+    from monai import losses
+
+    network, patches = make_network(training, left).train(), Patches(left, training.seed)
+    steps = training.patches // training.batch
+    optimizer = torch.optim.AdamW(network.parameters(), training.lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=steps, pct_start=0.1)
+    loss = losses.DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)  # type: ignore[attr-defined]
+    for _ in range(steps):
+        images, labels = patches.draw(training.batch)
+        optimizer.zero_grad()
+        loss(network(images), labels[:, None]).backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def dice(network: nn.Module, half: Half, planes: slice = slice(None)) -> float:
+    """Return the Dice coefficient in percent, the mean over the regions that occur in the coronal planes."""
+    found = network(half.image[None])[0].argmax(0)[:, planes].flatten()
+    wanted = half.labels[:, planes].flatten()
+    both = torch.bincount(wanted[found == wanted], minlength=CLASSES)[1:]
+    sizes = [torch.bincount(labels, minlength=CLASSES)[1:] for labels in (found, wanted)]
+    return float((200 * both / (sizes[0] + sizes[1]))[sizes[1] > 0].mean())
+
+
+def define(patches: int) -> Study:
+    """Define the table: normalizers as rows, batches as columns."""
+    cells = [Cell(kind, str(batch), Training(kind, batch, patches, 2e-3)) for batch in BATCHES for kind in KINDS]
+    return Study(
+        "segmentation",
+        "One and two patches at a time, a converted network segments as well as one that normalizes each example.",
+        "batch", tuple(cells), Rates(2e-3, 4.0, by_first_seed=True), extra_columns=_costs,
+    )  # fmt: skip
+
+
+def run(
+    out: Path, *, seeds: int, only: Sequence[str] = (), patches: int = 600, templates: Path = TEMPLATES,
+    say: Callable[[str], None] = print,
+) -> list[Entry]:  # fmt: skip
+    """Train what `out` does not hold yet, test what was chosen, and write the results."""
+    left, right = read_halves(templates)
+    study, tables = define(patches), StudyTables(out)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    for cell in [cell for cell in study.cells if not only or cell.row in only]:
+        while (todo := next_rate_and_seed(study.rates, cell, tables, seeds)) is not None:
+            training = replace(cell.recipe, lr=todo[0], seed=todo[1])
+            say(f"{training.kind}, batch {training.batch}, rate {training.lr:g}, seed {training.seed}")
+            start = time.perf_counter()
+            network = train_network(training, left)
+            seconds = round(time.perf_counter() - start, 1)
+            write_tensors(_weights(out, training), network.state_dict())
+            found = round(dice(network, left, SLAB), 4)
+            named = fingerprint(training), cell.row, cell.column, training.lr, training.seed
+            tables.trainings.add(TrainingRow(*named, found, seconds))
+        lr = chosen_rate(study.rates, cell, tables.tried(cell, seeds))
+        for training in [replace(cell.recipe, lr=lr, seed=seed) for seed in range(seeds)]:
+            if tables.tests.find(cell, lr, training.seed) is None:
+                found = round(dice(load_network(out, training, left), right), 4)
+                named = fingerprint(training), cell.row, cell.column, lr, training.seed
+                tables.tests.add(FinalTest(*named, found, found))
+        _measure_peak(out, cell.recipe, left)
+        write_results(study, out, read_entries(study, out, seeds))
+    return read_entries(study, out, seeds)
+
+
+def _weights(out: Path, training: Training) -> Path:
+    return out / "runs" / f"{fingerprint(training)}.safetensors"
+
+
+def load_network(out: Path, training: Training, left: Half) -> nn.Module:
+    """Load a network that `run` has trained, in eval mode. Raises FileNotFoundError where its weights are not."""
+    network = make_network(training, left)
+    load_state(network, read_tensors(_weights(out, training))[0])
+    return network.eval()
+
+
+def _measure_peak(out: Path, training: Training, left: Half) -> None:
+    """Measure, in a process of its own, the memory that a step adds, and keep it in memory.csv."""
+    columns, path = ("kind", "batch", "mebibytes"), out / "memory.csv"
+    if (training.kind, training.batch) not in _peaks(path):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(_peak, (training, left))
+        row = dict(zip(columns, (training.kind, training.batch, f"{peak / 2**20:.0f}"), strict=True))
+        append_csv(path, columns, [row])
+
+
+def _peak(training: Training, left: Half) -> int:
+    images = Patches(left, 0).draw(training.batch)[0]
+    network = make_network(training, left).train()
+    return added_peak(lambda: network(images).square().mean().backward())
+
+
+def _peaks(path: Path) -> dict[tuple[str, int], str]:
+    with reading_rows(path):
+        return {(row["kind"], int(row["batch"])): row["mebibytes"] for row in read_csv(path)[1]}
+
+
+def _costs(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
+    """List seconds and peak memory of a step, batch by batch."""
+    peaks = _peaks(folder / "memory.csv")
+    seconds: dict[str, list[str]] = {}
+    memory: dict[str, list[str]] = {}
+    for entry in entries:
+        training, taken = entry.cell.recipe, [row.seconds for row in entry.trainings]
+        steps = training.patches // training.batch
+        seconds.setdefault(training.kind, []).append(f"{statistics.median(taken) / steps:.2f}" if taken else "missing")
+        memory.setdefault(training.kind, []).append(peaks.get((training.kind, training.batch), "missing"))
+    titled = {"seconds of a step": seconds, "MiB that a step adds": memory}
+    return {title: {kind: ", ".join(texts) for kind, texts in found.items()} for title, found in titled.items()}
+
+
+def main() -> None:
+    """Train and test what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=())
+    parser.add_argument("--templates", type=Path, default=TEMPLATES)
+    parser.add_argument("--patches", type=int, default=600, help="that a training sees")
+    options = parser.parse_args()
+    run(options.out, seeds=options.seeds, only=options.only, patches=options.patches, templates=options.templates)
+
+
+if __name__ == "__main__":
+    main()
