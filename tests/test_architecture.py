@@ -36,7 +36,8 @@ FLOORS = {
     "sources": {"errors", "models"},
     "training": GROUND | {"conversion", "models", "nn", "signal", "sources", "trace"},
     "benchmarks": GROUND | {"conversion", "folding", "models", "nn", "signal", "sources", "trace"},
-    "studies": GROUND | {"conversion", "folding", "models", "nn", "signal", "sources", "trace", "training"},
+    "studies": GROUND
+    | {"benchmarks", "conversion", "folding", "models", "nn", "signal", "sources", "trace", "training"},
     "cli": GROUND
     | {"benchmarks", "conversion", "exporting", "models", "signal", "sources", "studies", "trace", "training"},
     "__init__": {"conversion", "exporting", "folding", "models", "nn", "optim", "signal"},

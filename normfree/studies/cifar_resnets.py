@@ -1,5 +1,6 @@
 """BatchNorm networks as people build them for small images: what the study of conversion converts."""
 
+import math
 from typing import Any
 
 import timm
@@ -65,7 +66,11 @@ def _nothing(channels: int, **_: Any) -> nn.Module:
     return nn.Identity()
 
 
-NORMS: dict[str, Any] = {"batch": nn.BatchNorm2d, "none": _nothing, **SUCCESSORS}
+def _grouped(channels: int, **_: Any) -> nn.Module:
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+NORMS: dict[str, Any] = {"batch": nn.BatchNorm2d, "group": _grouped, "none": _nothing, **SUCCESSORS}
 """What may stand in BatchNorm's place, by name."""
 
 

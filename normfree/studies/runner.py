@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from normfree.errors import NotFiniteError, SingleValueError
 from normfree.files.csv_tables import append_csv, read_csv
@@ -18,9 +18,36 @@ from normfree.training.data.datasets import load
 from normfree.training.processes import gather, shared_processes
 
 
-def run_study(
+class Trained(NamedTuple):
+    """Result of a training: percent of the validation images, or None and the reason why it failed."""
+
+    validation: float | None
+    seconds: float
+    error: str = ""
+
+
+class Work:
+    """Way in which a study trains and tests; a recipe is a cell's, with its rate and seed."""
+
+    writes = True  # whether this process writes results
+
+    def train(self, cell: Cell, recipe: Any) -> Trained | None:
+        """Train; None where that was interrupted."""
+        raise NotImplementedError
+
+    def test(self, cell: Cell, recipe: Any) -> tuple[float, float] | None:
+        """Return accuracy and balanced accuracy of a training on the test set, in percent; None where interrupted."""
+        raise NotImplementedError
+
+    def stop(self) -> bool:
+        """Wait until the other processes are as far; tell whether any was asked to stop."""
+        return False
+
+
+def run_cells(
     study: Study,
     out: Path,
+    work: Work,
     *,
     seeds: int,
     only: Sequence[str] = (),
@@ -31,108 +58,134 @@ def run_study(
     A cell's learning rate is that of the best mean over all seeds, on the validation images. The first seed looks for
     it. The others then train at its best rate; where their mean falls below what the first seed reached at another
     rate, they train there too, unless the study chooses by the first seed alone. Then, once, what was trained at that
-    rate is tested on the test set. A training that was interrupted goes on. Under `torchrun` or `accelerate launch`
-    every training is that of all processes, and the first one writes.
+    rate is tested on the test set.
 
     `only` names the rows and columns whose cells are trained, so that several processes can share the work; where it
     names no row, or no column, all of them are. `on_message` is called with what is begun.
 
     Raises ValueError for a row or column that the study does not have.
     """
-    with shared_processes() as processes:
-        runner = _Runner(study, out, seeds, on_message, processes)
-        for cell in _chosen(study, only):
-            if not runner.run(cell):
-                runner.say("interrupted: the same command goes on")
-                break
-            if processes.is_main_process:
-                write_results(study, out, read_entries(study, out, seeds))
+    tables = StudyTables(out)
+    for cell in _chosen(study, only):
+        if not _trained(study, cell, work, tables, seeds, on_message):
+            on_message("interrupted: the same command goes on")
+            break
+        if work.writes:
+            write_results(study, out, read_entries(study, out, seeds))
     return read_entries(study, out, seeds)
 
 
-class _Runner:
-    """Trains and tests the cells of one study, on one of its processes."""
+def _trained(
+    study: Study, cell: Cell, work: Work, tables: StudyTables, seeds: int, on_message: Callable[[str], None]
+) -> bool:
+    """Train one cell, and test it; tell whether neither was interrupted."""
+    while (todo := next_rate_and_seed(study.rates, cell, tables, seeds)) is not None:
+        recipe = replace(cell.recipe, lr=todo[0], seed=todo[1])
+        on_message(f"{_name(study, cell)}, rate {recipe.lr:g}, seed {recipe.seed}")
+        trained = work.train(cell, recipe)
+        if trained is None:
+            return False
+        if work.writes:
+            reached = None if trained.validation is None else round(trained.validation, 4)
+            named = fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed
+            tables.trainings.add(TrainingRow(*named, reached, round(trained.seconds, 1), trained.error))
+        if work.stop():
+            return False
+    return _tested(study, cell, work, tables, seeds, on_message)
 
-    def __init__(self, study: Study, out: Path, seeds: int, on_message: Callable[[str], None], processes: Any) -> None:
-        self.study = study
+
+def _name(study: Study, cell: Cell) -> str:
+    return f"{cell.row}, {study.column_title} {cell.column}"
+
+
+def _tested(
+    study: Study, cell: Cell, work: Work, tables: StudyTables, seeds: int, on_message: Callable[[str], None]
+) -> bool:
+    """Test the cell's trainings at the rate that is chosen, each once; tell whether that was not interrupted."""
+    lr = chosen_rate(study.rates, cell, tables.tried(cell, seeds))
+    for recipe in [replace(cell.recipe, lr=lr, seed=seed) for seed in range(seeds)]:
+        training = tables.trainings.find(cell, lr, recipe.seed)
+        if training is None or training.validation is None or tables.tests.find(cell, lr, recipe.seed) is not None:
+            continue
+        on_message(f"{_name(study, cell)}, rate {lr:g}, seed {recipe.seed}: test")
+        found = work.test(cell, recipe)
+        if found is None:
+            return False
+        if work.writes:
+            named = fingerprint(recipe), cell.row, cell.column, lr, recipe.seed
+            tables.tests.add(FinalTest(*named, round(found[0], 4), round(found[1], 4)))
+        if work.stop():
+            return False
+    return True
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    seeds: int,
+    only: Sequence[str] = (),
+    on_message: Callable[[str], None] = lambda text: None,
+) -> list[Entry]:
+    """Do what `run_cells` says with trainings of recipes, each in a folder of `out`.
+
+    One that was interrupted goes on. Under `torchrun` or `accelerate launch` every training is that of all processes,
+    and the first one writes.
+
+    Raises ValueError for a row or column that the study does not have.
+    """
+    with shared_processes() as processes:
+        speak = on_message if processes.is_main_process else lambda text: None
+        return run_cells(study, out, _OfRecipes(out, processes), seeds=seeds, only=only, on_message=speak)
+
+
+class _OfRecipes(Work):
+    """Trainings by the engine, on one of its processes."""
+
+    def __init__(self, out: Path, processes: Any) -> None:
         self.out = out
-        self.seeds = seeds
-        self.on_message = on_message
         self.processes = processes
-        self.tables = StudyTables(out)
+        self.writes = bool(processes.is_main_process)
         self.load = functools.cache(load)
-
-    def say(self, text: str) -> None:
-        if self.processes.is_main_process:
-            self.on_message(text)
-
-    def run(self, cell: Cell) -> bool:
-        """Train and test one cell; tell whether it was not interrupted."""
-        name = f"{cell.row}, {self.study.column_title} {cell.column}"
-        while (todo := next_rate_and_seed(self.study.rates, cell, self.tables, self.seeds)) is not None:
-            lr, seed = todo
-            self.say(f"{name}, rate {lr:g}, seed {seed}")
-            if not self._train(cell, replace(cell.recipe, lr=lr, seed=seed)):
-                return False
-        lr = chosen_rate(self.study.rates, cell, self.tables.tried(cell, self.seeds))
-        for seed in range(self.seeds):
-            training = self.tables.trainings.find(cell, lr, seed)
-            if training is None or training.validation is None or self.tables.tests.find(cell, lr, seed) is not None:
-                continue
-            self.say(f"{name}, rate {lr:g}, seed {seed}: test")
-            if not self._test(cell, replace(cell.recipe, lr=lr, seed=seed)):
-                return False
-        return True
+        self.stop_requested = False
 
     def _folder(self, cell: Cell, recipe: Recipe) -> Path:
         words = f"{cell.row} {cell.column}".replace("/", " ").split()
         return self.out / "runs" / "_".join(words) / f"lr_{recipe.lr:g}_seed_{recipe.seed}_{fingerprint(recipe)}"
 
-    def _train(self, cell: Cell, recipe: Recipe) -> bool:
-        """Train one; tell whether the study is to go on."""
+    def train(self, cell: Cell, recipe: Recipe) -> Trained | None:
+        """Train one."""
         folder = self._folder(cell, recipe)
         start = time.perf_counter()
-        seconds = 0.0
-        reached: float | None = None
-        error, stop_requested = "", False
         try:
             result = train(recipe, folder, resume="auto", quiet=True, data=self.load(recipe.data))
             if not result.finished:
-                return False
+                return None
             assert result.accuracy is not None
-            reached, stop_requested, seconds = result.accuracy.top1, result.stop_requested, result.seconds
+            self.stop_requested = result.stop_requested
+            trained = Trained(result.accuracy.top1, result.seconds)
         except (NotFiniteError, SingleValueError) as failure:
-            error, seconds = str(failure), time.perf_counter() - start
-        if self.processes.is_main_process:
-            if recipe.signal_every and recipe.seed == 0:
-                named = {"recipe": fingerprint(recipe), "row": cell.row, "column": cell.column, "lr": recipe.lr}
-                _keep_signal(folder / "signal.csv", self.out / "signal.csv", named)
-            self.tables.trainings.add(
-                TrainingRow(
-                    fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed,
-                    None if reached is None else round(reached, 4), round(seconds, 1), error.split(";")[0],
-                )
-            )  # fmt: skip
-        self.processes.wait_for_everyone()  # all read what has been trained from one file
-        return not any(gather(stop_requested))
+            trained = Trained(None, time.perf_counter() - start, str(failure).split(";")[0])
+        if self.writes and recipe.signal_every and recipe.seed == 0:
+            named = {"recipe": fingerprint(recipe), "row": cell.row, "column": cell.column, "lr": recipe.lr}
+            _keep_signal(folder / "signal.csv", self.out / "signal.csv", named)
+        return trained
 
-    def _test(self, cell: Cell, recipe: Recipe) -> bool:
-        """Test one that has been trained; tell whether the study is to go on."""
+    def test(self, cell: Cell, recipe: Recipe) -> tuple[float, float] | None:
+        """Test one that has been trained, here or elsewhere."""
         folder, data = self._folder(cell, recipe), self.load(recipe.data)
-        if not (folder / "model.safetensors").exists():  # trained elsewhere
+        weights = folder / "model.safetensors"
+        if not weights.exists():
             train(recipe, folder, resume="auto", quiet=True, data=data)
-        if not (folder / "model.safetensors").exists():
-            return False
+        if not weights.exists():
+            return None
         found = evaluate_run(folder, data=data, trusted_model=recipe.model)
-        if self.processes.is_main_process:
-            self.tables.tests.add(
-                FinalTest(
-                    fingerprint(recipe), cell.row, cell.column, recipe.lr, recipe.seed, round(found.top1, 4),
-                    round(found.balanced, 4),
-                )
-            )  # fmt: skip
+        return found.top1, found.balanced
+
+    def stop(self) -> bool:
+        """Wait for the other processes, which read what has been trained from one file."""
         self.processes.wait_for_everyone()
-        return True
+        return any(gather(self.stop_requested))
 
 
 def _chosen(study: Study, only: Sequence[str]) -> list[Cell]:

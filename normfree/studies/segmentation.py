@@ -14,8 +14,8 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ from normfree.benchmarks.measure import added_peak
 from normfree.conversion import convert
 from normfree.files.csv_tables import append_csv, read_csv, reading_rows
 from normfree.files.tensors import load_state, read_tensors, write_tensors
-from normfree.studies.learning_rates import chosen_rate, next_rate_and_seed
-from normfree.studies.results import write_results
-from normfree.studies.runner import read_entries
-from normfree.studies.study import Cell, Entry, FinalTest, Rates, Study, TrainingRow
-from normfree.studies.trainings import StudyTables, fingerprint
+from normfree.studies.runner import Trained, Work, run_cells
+from normfree.studies.study import Cell, Entry, Rates, Study
+from normfree.studies.trainings import fingerprint
 
 TEMPLATES = Path("/usr/share/mricron/templates")
 CLASSES = 55  # 0 is what is no region
@@ -168,34 +166,29 @@ def define(patches: int) -> Study:
     )  # fmt: skip
 
 
-def run(
-    out: Path, *, seeds: int, only: Sequence[str] = (), patches: int = 600, templates: Path = TEMPLATES,
-    say: Callable[[str], None] = print,
-) -> list[Entry]:  # fmt: skip
-    """Train what `out` does not hold yet, test what was chosen, and write the results."""
-    left, right = read_halves(templates)
-    study, tables = define(patches), StudyTables(out)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    for cell in [cell for cell in study.cells if not only or cell.row in only]:
-        while (todo := next_rate_and_seed(study.rates, cell, tables, seeds)) is not None:
-            training = replace(cell.recipe, lr=todo[0], seed=todo[1])
-            say(f"{training.kind}, batch {training.batch}, rate {training.lr:g}, seed {training.seed}")
-            start = time.perf_counter()
-            network = train_network(training, left)
-            seconds = round(time.perf_counter() - start, 1)
-            write_tensors(_weights(out, training), network.state_dict())
-            found = round(dice(network, left, SLAB), 4)
-            named = fingerprint(training), cell.row, cell.column, training.lr, training.seed
-            tables.trainings.add(TrainingRow(*named, found, seconds))
-        lr = chosen_rate(study.rates, cell, tables.tried(cell, seeds))
-        for training in [replace(cell.recipe, lr=lr, seed=seed) for seed in range(seeds)]:
-            if tables.tests.find(cell, lr, training.seed) is None:
-                found = round(dice(load_network(out, training, left), right), 4)
-                named = fingerprint(training), cell.row, cell.column, lr, training.seed
-                tables.tests.add(FinalTest(*named, found, found))
-        _measure_peak(out, cell.recipe, left)
-        write_results(study, out, read_entries(study, out, seeds))
-    return read_entries(study, out, seeds)
+class Segmentations(Work):
+    """Trainings on the left half, tests on the right one; weights in `out`/runs, peaks of memory in memory.csv."""
+
+    def __init__(self, out: Path, templates: Path) -> None:
+        self.out = out
+        self.left, self.right = read_halves(templates)
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+
+    def train(self, cell: Cell, recipe: Training) -> Trained:
+        """Train one, and validate it on the slab."""
+        start = time.perf_counter()
+        network = train_network(recipe, self.left)
+        seconds = time.perf_counter() - start
+        write_tensors(_weights(self.out, recipe), network.state_dict())
+        return Trained(dice(network, self.left, SLAB), seconds)
+
+    def test(self, cell: Cell, recipe: Training) -> tuple[float, float]:
+        """Test one, and measure what its kind takes."""
+        _measure_peak(self.out, recipe, self.left)
+        if not _weights(self.out, recipe).exists():
+            self.train(cell, recipe)
+        found = dice(load_network(self.out, recipe, self.left), self.right)
+        return found, found
 
 
 def _weights(out: Path, training: Training) -> Path:
@@ -253,7 +246,9 @@ def main() -> None:
     parser.add_argument("--templates", type=Path, default=TEMPLATES)
     parser.add_argument("--patches", type=int, default=600, help="that a training sees")
     options = parser.parse_args()
-    run(options.out, seeds=options.seeds, only=options.only, patches=options.patches, templates=options.templates)
+    work = Segmentations(options.out, options.templates)
+    study = define(options.patches)
+    run_cells(study, options.out, work, seeds=options.seeds, only=options.only, on_message=print)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ def test_networks_have_what_is_named_in_the_place_of_every_batch_norm(norm, fact
     width = {"width": 8} if factory is CifarResNet else {"width": 16}
     model, batch = factory(norm=norm, **width), factory(**width)
     count = sum(isinstance(module, nn.BatchNorm2d) for module in batch.modules())
-    kind = NORMS[norm] if isinstance(NORMS[norm], type) else nn.Identity
+    kind = {"none": nn.Identity, "group": nn.GroupNorm}.get(norm, NORMS[norm])
     found = sum(type(module) is kind for module in model.modules())
     assert found >= count
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    with pytest.raises(ValueError, match="norm is 'layer'; it must be batch, none, dyt, derf"):
+    with pytest.raises(ValueError, match="norm is 'layer'; it must be batch, group, none, dyt, derf"):
         factory(norm="layer")
 
 
