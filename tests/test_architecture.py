@@ -37,7 +37,7 @@ FLOORS = {
     "training": GROUND | {"conversion", "models", "nn", "signal", "sources", "trace"},
     "benchmarks": GROUND | {"conversion", "folding", "models", "nn", "signal", "sources", "trace"},
     "studies": GROUND
-    | {"benchmarks", "conversion", "folding", "models", "nn", "signal", "sources", "trace", "training"},
+    | {"benchmarks", "conversion", "folding", "models", "nn", "privacy", "signal", "sources", "trace", "training"},
     "cli": GROUND
     | {"benchmarks", "conversion", "exporting", "models", "signal", "sources", "studies", "trace", "training"},
     "__init__": {"conversion", "exporting", "folding", "models", "nn", "optim", "signal"},
