@@ -20,12 +20,12 @@ def study(
     out: Path | None = None,
     json_output: Json = False,
 ) -> None:
-    """Train the cells of a study and set them out: table.md, chart.png, results.csv, trainings.csv, a folder per run.
+    """Train the cells of a study and set them out: table.md, chart.png, results.csv, trainings.csv, tests.csv, runs/.
 
-    What trainings.csv holds is not trained again, and what was interrupted goes on.
+    What the tables hold is not done again, and what was interrupted goes on.
 
     Args:
-        name: microbatch, batch-size, depth, budget, ablation, large-rate, regularization or convert.
+        name: microbatch, batch-size, depth, budget, ablation, large-rate, regularization, convert or finetune.
         data: As for `normfree train`.
         seeds: Trainings per cell.
         budget: "toy" to see that it runs, "small" for one machine, "full" for a cluster.
