@@ -1,15 +1,20 @@
 """Charts of a study."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from normfree.plotting import COLORS, altair, write_chart
 from normfree.studies.columns import read_signal, recipe_macs
+from normfree.studies.peaks import read_peaks
 from normfree.studies.study import Entry, Study
 
-_TITLES = {"macs": "million multiply-accumulates of an image", "seconds": "seconds to train"}
+_TITLES = {
+    "macs": "million multiply-accumulates of an image",
+    "seconds": "seconds to train",
+    "memory": "MiB that a step adds",
+}
 
 
 def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
@@ -17,16 +22,19 @@ def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
 
     Where there is one column, the rows are beside each other instead.
     """
-    points = [point for entry in entries for point in _points(study, entry)]
+    peaks = read_peaks(path.parent)
+    points = [point for entry in entries for point in _points(study, entry, peaks)]
     columns = list(dict.fromkeys(entry.cell.column for entry in entries))
     panels = [_panel(study, points, columns, axis) for axis in study.chart_axes]
     chart = altair().hconcat(*panels, spacing=24).configure_legend(orient="top", labelLimit=0, columns=3)
     return write_chart(chart.configure_view(stroke="#cccccc").to_dict(), path)
 
 
-def _points(study: Study, entry: Entry) -> list[dict[str, Any]]:
+def _points(study: Study, entry: Entry, peaks: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
     seconds = {training.seed: training.seconds for training in entry.trainings}
     costs = {"macs": recipe_macs(entry.cell.recipe) / 1e6} if "macs" in study.chart_axes else {}
+    if "memory" in study.chart_axes and entry.tests:
+        costs["memory"] = peaks[entry.cell.row, entry.cell.column]
     return [
         {"row": entry.cell.row, "column": entry.cell.column, "accuracy": t.top1, "seconds": seconds[t.seed]} | costs
         for t in entry.tests

@@ -13,22 +13,28 @@ from normfree.files.csv_tables import read_csv, reading_rows
 from normfree.models.cost import multiply_accumulates
 from normfree.signal.record import mean_to_variance
 from normfree.sources import model_factory
+from normfree.studies.peaks import read_peaks
 from normfree.studies.study import Entry
 from normfree.studies.trainings import fingerprint
 from normfree.training import Recipe
 
 
 def cost_columns(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
-    """List multiply-accumulates of an image, and seconds of a training, level by level."""
+    """List multiply-accumulates of an image, seconds of a training, and memory of a step, level by level."""
+    peaks = read_peaks(folder)
+    memory: dict[str, list[str]] = {}
     counts: dict[str, list[str]] = {}
     seconds: dict[str, list[str]] = {}
     for entry in entries:
         counts.setdefault(entry.cell.row, []).append(f"{recipe_macs(entry.cell.recipe) / 1e6:.0f}")
         times = [training.seconds for training in entry.trainings]
         seconds.setdefault(entry.cell.row, []).append(f"{statistics.median(times):.0f}" if times else "missing")
+        peak = peaks.get((entry.cell.row, entry.cell.column))
+        memory.setdefault(entry.cell.row, []).append("missing" if peak is None else f"{peak:.0f}")
     return {
         "million multiply-accumulates": {row: ", ".join(texts) for row, texts in counts.items()},
         "seconds to train": {row: ", ".join(texts) for row, texts in seconds.items()},
+        "MiB that a step adds": {row: ", ".join(texts) for row, texts in memory.items()},
     }
 
 

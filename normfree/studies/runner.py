@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from normfree.errors import NotFiniteError, SingleValueError
 from normfree.files.csv_tables import append_csv, read_csv
 from normfree.studies.learning_rates import chosen_rate, next_rate_and_seed
+from normfree.studies.peaks import measure_peak, peak_of_recipe
 from normfree.studies.results import write_results
 from normfree.studies.study import Cell, Entry, FinalTest, Study, TrainingRow
 from normfree.studies.trainings import StudyTables, fingerprint
 from normfree.training import Recipe, evaluate_run, train
-from normfree.training.data.datasets import load
+from normfree.training.data.datasets import Description, load
 from normfree.training.processes import gather, shared_processes
 
 
@@ -136,15 +137,17 @@ def run_study(
     """
     with shared_processes() as processes:
         speak = on_message if processes.is_main_process else lambda text: None
-        return run_cells(study, out, _OfRecipes(out, processes), seeds=seeds, only=only, on_message=speak)
+        work = _OfRecipes(out, processes, memory="memory" in study.chart_axes)
+        return run_cells(study, out, work, seeds=seeds, only=only, on_message=speak)
 
 
 class _OfRecipes(Work):
     """Trainings by the engine, on one of its processes."""
 
-    def __init__(self, out: Path, processes: Any) -> None:
+    def __init__(self, out: Path, processes: Any, *, memory: bool) -> None:
         self.out = out
         self.processes = processes
+        self.memory = memory  # whether that of a step is measured
         self.writes = bool(processes.is_main_process)
         self.load = functools.cache(load)
         self.stop_requested = False
@@ -179,6 +182,9 @@ class _OfRecipes(Work):
             train(recipe, folder, resume="auto", quiet=True, data=data)
         if not weights.exists():
             return None
+        if self.memory and self.writes:
+            described = Description(data.classes, data.mean, data.std, data.names)
+            measure_peak(self.out, cell, peak_of_recipe, recipe, described)
         found = evaluate_run(folder, data=data, trusted_model=recipe.model)
         return found.top1, found.balanced
 

@@ -11,7 +11,6 @@ and as many at either batch. Accuracies are Dice coefficients in percent, means 
 """
 
 import argparse
-import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 
 from normfree.benchmarks.measure import added_peak
 from normfree.conversion import convert
-from normfree.files.csv_tables import append_csv, read_csv, reading_rows
 from normfree.files.tensors import load_state, read_tensors, write_tensors
+from normfree.studies.peaks import measure_peak, read_peaks
 from normfree.studies.runner import Trained, Work, run_cells
 from normfree.studies.study import Cell, Entry, Rates, Study
 from normfree.studies.trainings import fingerprint
@@ -184,7 +183,7 @@ class Segmentations(Work):
 
     def test(self, cell: Cell, recipe: Training) -> tuple[float, float]:
         """Test one, and measure what its kind takes."""
-        _measure_peak(self.out, recipe, self.left)
+        measure_peak(self.out, cell, _peak, recipe, self.left)
         if not _weights(self.out, recipe).exists():
             self.train(cell, recipe)
         found = dice(load_network(self.out, recipe, self.left), self.right)
@@ -202,37 +201,23 @@ def load_network(out: Path, training: Training, left: Half) -> nn.Module:
     return network.eval()
 
 
-def _measure_peak(out: Path, training: Training, left: Half) -> None:
-    """Measure, in a process of its own, the memory that a step adds, and keep it in memory.csv."""
-    columns, path = ("kind", "batch", "mebibytes"), out / "memory.csv"
-    if (training.kind, training.batch) not in _peaks(path):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(_peak, (training, left))
-        row = dict(zip(columns, (training.kind, training.batch, f"{peak / 2**20:.0f}"), strict=True))
-        append_csv(path, columns, [row])
-
-
 def _peak(training: Training, left: Half) -> int:
     images = Patches(left, 0).draw(training.batch)[0]
     network = make_network(training, left).train()
     return added_peak(lambda: network(images).square().mean().backward())
 
 
-def _peaks(path: Path) -> dict[tuple[str, int], str]:
-    with reading_rows(path):
-        return {(row["kind"], int(row["batch"])): row["mebibytes"] for row in read_csv(path)[1]}
-
-
 def _costs(entries: Sequence[Entry], folder: Path) -> dict[str, dict[str, str]]:
     """List seconds and peak memory of a step, batch by batch."""
-    peaks = _peaks(folder / "memory.csv")
+    peaks = read_peaks(folder)
     seconds: dict[str, list[str]] = {}
     memory: dict[str, list[str]] = {}
     for entry in entries:
         training, taken = entry.cell.recipe, [row.seconds for row in entry.trainings]
         steps = training.patches // training.batch
         seconds.setdefault(training.kind, []).append(f"{statistics.median(taken) / steps:.2f}" if taken else "missing")
-        memory.setdefault(training.kind, []).append(peaks.get((training.kind, training.batch), "missing"))
+        peak = peaks.get((entry.cell.row, entry.cell.column))
+        memory.setdefault(training.kind, []).append("missing" if peak is None else f"{peak:.0f}")
     titled = {"seconds of a step": seconds, "MiB that a step adds": memory}
     return {title: {kind: ", ".join(texts) for kind, texts in found.items()} for title, found in titled.items()}
 

@@ -95,4 +95,4 @@ class Study:
     rates: Rates | None = None  # None: the recipe's own rate
     extra_columns: ExtraColumns = _no_extra_columns
     balanced: bool = False  # show balanced accuracies too
-    chart_axes: tuple[Literal["column", "macs", "seconds"], ...] = ("column",)  # a panel for each
+    chart_axes: tuple[Literal["column", "macs", "seconds", "memory"], ...] = ("column",)  # a panel for each
