@@ -19,8 +19,9 @@ from normfree.cli.arguments import network_factory
 from normfree.errors import TrainingError
 from normfree.training import evaluate_run, load_run, train
 from normfree.training.build import build, check_runs, classifiers
-from normfree.training.data.datasets import load
+from normfree.training.data.datasets import hold_out, load
 from normfree.training.processes import accelerator_for
+from normfree.training.run.curves import read_curves
 from normfree.training.setup import prepare
 from tests.helpers import assert_equal, assert_same_state
 from tests.training.tiny import TINY, assert_same_weights, largest_difference, rows
@@ -270,3 +271,19 @@ def test_a_model_that_draws_from_numpy_or_python_is_decided_by_the_recipe(tmp_pa
     assert_same_weights(tmp_path / "first", tmp_path / "second")
     train(dataclasses.replace(recipe, seed=1), tmp_path / "other", quiet=True)
     assert largest_difference(tmp_path / "first", tmp_path / "other") > 1e-3
+
+
+def test_what_is_chosen_by_validation_images_is_tested_once_on_others(tmp_path):
+    recipe = dataclasses.replace(TINY, test_on="validation")
+    result = train(recipe, tmp_path / "run", quiet=True)
+    held, data = hold_out(load("digits")), load("digits")
+    assert result.accuracy.examples == len(held.test) == len(data.train) - len(held.train)
+    found = evaluate_run(tmp_path / "run")
+    assert found.examples == len(data.test)
+    assert found == evaluate_run(tmp_path / "run", data=data)
+    assert 0 <= found.balanced <= 100
+    assert {point["of"] for point in read_curves(tmp_path / "run")} == {"training", "validation"}
+    with pytest.raises(ValueError, match="test_on is 'test', was 'validation'"):
+        train(dataclasses.replace(recipe, test_on="test"), tmp_path / "run", resume="auto", quiet=True)
+    with pytest.raises(ValueError, match="test_on"):
+        dataclasses.replace(recipe, test_on="training")

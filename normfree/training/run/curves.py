@@ -6,6 +6,8 @@ from typing import Any
 
 from normfree.files.csv_tables import read_csv, reading_rows
 from normfree.plotting import COLORS, altair, write_chart
+from normfree.training.recipes import Recipe
+from normfree.training.run.folder import RECIPE
 
 
 def draw_curves(runs: Sequence[Path], path: Path) -> Path:
@@ -18,19 +20,21 @@ def draw_curves(runs: Sequence[Path], path: Path) -> Path:
     )
 
 
-_KINDS = {"train": "training", "eval": "test", "eval_ema": "test, averaged"}
-
-
 def read_curves(run: Path) -> list[dict[str, Any]]:
-    """Read loss and accuracy of a run's folder, one dictionary each: run, of (training or test), step, what, value."""
+    """Read loss and accuracy of a run's folder, one dictionary each: run, of, step, what, value.
+
+    They are of training, test or, where the run is tested on those images, validation.
+    """
     _, rows = read_csv(run / "metrics.csv")
     if not rows:
         raise OSError(f"{run} has no metrics.csv with rows")
+    tested = Recipe.from_json(run / RECIPE).test_on if (run / RECIPE).exists() else "test"
+    kinds = {"train": "training", "eval": tested, "eval_ema": f"{tested}, averaged"}
     with reading_rows(run / "metrics.csv"):
         return [
             {
                 "run": run.name,
-                "of": _KINDS[row["kind"]],
+                "of": kinds[row["kind"]],
                 "step": int(row["step"]),
                 "what": what,
                 "value": float(row[what]),
