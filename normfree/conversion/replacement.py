@@ -112,9 +112,9 @@ def make_scaled(plain: Any, planned: PlannedLayer) -> ScaledWS:
         **arguments, bias=planned.bias, device="meta", dtype=weight.dtype,
         skip_gain=1.0 if planned.skip_gain else None, standardize=planned.standardize,
     )  # fmt: skip
+    _fill(layer, weight)
     if planned.statistics:
         layer.hold_statistics()
-    _fill(layer, weight)
     if is_bounded(plain):
         _move_bounds(plain, layer)
     else:
@@ -137,7 +137,7 @@ def _fill(layer: ScaledWS, weight: Tensor) -> None:
             fill = weight.new_zeros if name == "bias" else weight.new_ones
             setattr(layer, name, nn.Parameter(fill(parameter.shape)))
     for name, buffer in list(layer.named_buffers()):
-        setattr(layer, name, weight.new_ones(buffer.shape) if buffer.is_meta else buffer.to(weight.device))
+        setattr(layer, name, buffer.to(weight.device))
 
 
 def is_bounded(layer: nn.Module) -> bool:
@@ -203,11 +203,12 @@ def statistics_of(norm: Any) -> tuple[Tensor, Tensor]:
             assert mean is not None
             assert variance is not None
             return (variance.double() + norm.eps).rsqrt(), mean.double()
-        slopes, shifts = affine_in_eval_mode(norm)
-        weight, bias = affine_of(norm)
-        scale = slopes if weight is None else torch.where(weight == 0, 1.0, slopes / weight.double())
-        shift = -shifts if bias is None else bias.double() - shifts
-        return scale, torch.where(slopes == 0, 0.0, shift / slopes)
+        plain = copy.deepcopy(norm)  # without its scale and shift, which may be 0
+        for tensor, value in zip(affine_of(plain), (1, 0), strict=True):
+            if tensor is not None:
+                tensor.fill_(value)
+        slopes, shifts = affine_in_eval_mode(plain)
+        return slopes, torch.where(slopes == 0, 0.0, -shifts / slopes)
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -251,17 +252,13 @@ def _take_over(layer: ScaledWS, weight: Tensor | None, bias: Tensor | None) -> N
 def _compute(layer: ScaledWS, plain: Any, norm: Any) -> None:
     """Give a layer with a normalizer's scale and shift its statistics too: it does what `plain` and then `norm` do."""
     scale, center = statistics_of(norm)
-    weight, shift = affine_of(norm)
-    bias = getattr(plain, "bias", None)
+    shift, bias = affine_of(norm)[1], getattr(plain, "bias", None)
     with torch.no_grad():
-        if layer.skip_gain is not None:
-            layer.skip_gain.fill_(1)
-        if weight is not None:
-            layer.gain.copy_(weight)
         layer.channel_scale.copy_(scale)
         layer.channel_center.copy_(center if bias is None else center - bias.double())
-        if bias is not None and shift is None:
-            layer.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=bias.requires_grad)
+        if shift is None:  # nothing has trained there, but a bias of the layer's own
+            trains = bias is not None and bias.requires_grad
+            layer.bias = nn.Parameter(torch.zeros_like(layer.gain), requires_grad=trains)
 
 
 def _normalize(layer: ScaledWS) -> None:

@@ -33,8 +33,8 @@ def draw_study(study: Study, entries: Sequence[Entry], path: Path) -> Path:
 def _points(study: Study, entry: Entry, peaks: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
     seconds = {training.seed: training.seconds for training in entry.trainings}
     costs = {"macs": recipe_macs(entry.cell.recipe) / 1e6} if "macs" in study.chart_axes else {}
-    if "memory" in study.chart_axes and entry.tests:
-        costs["memory"] = peaks[entry.cell.row, entry.cell.column]
+    if (peak := peaks.get((entry.cell.row, entry.cell.column))) is not None:
+        costs["memory"] = peak
     return [
         {"row": entry.cell.row, "column": entry.cell.column, "accuracy": t.top1, "seconds": seconds[t.seed]} | costs
         for t in entry.tests

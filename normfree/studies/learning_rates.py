@@ -18,10 +18,10 @@ def next_rate_and_seed(rates: Rates | None, cell: Cell, tables: StudyTables, see
     `_GIVE_UP` of them.
     """
     tried = tables.tried(cell, seeds)
-    if not tried:
-        return (cell.recipe.lr if rates is None else rates.first), 0
     if rates is not None and rates.by_first_seed:
         tried = {lr: first for lr, trainings in tried.items() if (first := tuple(t for t in trainings if t.seed == 0))}
+    if not tried:
+        return (cell.recipe.lr if rates is None else rates.first), 0
     best = _best(rates, cell, tried)
     if rates is not None:
         failing = _mean(tried[best]) < 0

@@ -48,6 +48,7 @@ class Private:
     epochs: int
     lr: float  # of SGD with momentum 0.9
     seed: int = 0
+    data: str = "digits"
 
 
 def make_network(recipe: Private, size: int) -> nn.Module:
@@ -146,11 +147,11 @@ class PrivateTrainings(Work):
         return accuracies(network.eval(), *self.testing)
 
 
-def define(images: int, epochs: int) -> Study:
+def define(images: int, epochs: int, data: str = "digits") -> Study:
     """Define the table: networks and numbers of views as rows, ε as columns."""
     cells = [
         Cell(f"{kind}, {views} view{'s' * (views > 1)}", f"{epsilon:g}",
-             Private(kind, views, epsilon, images, epochs, 0.5))
+             Private(kind, views, epsilon, images, epochs, 0.5, data=data))
         for epsilon in (1.0, 3.0, 8.0) for kind in (FIXED, "converted") for views in (1, 4)
     ]  # fmt: skip
     return Study(
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=(), help="rows and columns")
     options = parser.parse_args()
     work = PrivateTrainings(options.out, load(options.data), options.images)
-    study = define(len(work.training[1]), options.epochs)
+    study = define(len(work.training[1]), options.epochs, options.data)
     run_cells(study, options.out, work, seeds=options.seeds, only=options.only, on_message=print)
 
 

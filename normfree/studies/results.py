@@ -18,7 +18,7 @@ def format_entry(entry: Entry, *, balanced: bool = False) -> str:
         return "missing"
     if entry.failed == len(entry.trainings):
         return "fails"
-    if not entry.tests:
+    if len(entry.tests) < len(entry.trainings) - entry.failed:
         return "unfinished"
     texts = [_mean_and_deviation(values) for values in (entry.accuracies, *([entry.balanced] if balanced else []))]
     return " / ".join(texts) + (f" ({entry.failed} failed)" if entry.failed else "")

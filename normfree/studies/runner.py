@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normfree.errors import NotFiniteError, SingleValueError
+from normfree.errors import NotFiniteError, SingleValueError, WritingError
 from normfree.files.csv_tables import append_csv, read_csv
 from normfree.studies.learning_rates import chosen_rate, next_rate_and_seed
 from normfree.studies.peaks import measure_peak, peak_of_recipe
@@ -72,7 +72,10 @@ def run_cells(
             on_message("interrupted: the same command goes on")
             break
         if work.writes:
-            write_results(study, out, read_entries(study, out, seeds))
+            try:
+                write_results(study, out, read_entries(study, out, seeds))
+            except WritingError as error:  # as where another process, which shares the work, writes them
+                on_message(str(error))
     return read_entries(study, out, seeds)
 
 

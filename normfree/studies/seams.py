@@ -24,7 +24,7 @@ from normfree.studies.learning_rates import chosen_rate
 from normfree.studies.segmentation import KINDS, TEMPLATES, define, load_network, read_halves
 from normfree.studies.trainings import StudyTables
 
-HALO = 24  # voxels: the reach of the U-Net is 22
+HALO = 24  # voxels: the reach of the U-Net is 23
 
 
 @torch.no_grad()

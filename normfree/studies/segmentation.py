@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from normfree.benchmarks.measure import added_peak
 from normfree.conversion import convert
+from normfree.errors import NotFiniteError
 from normfree.files.tensors import load_state, read_tensors, write_tensors
 from normfree.studies.peaks import measure_peak, read_peaks
 from normfree.studies.runner import Trained, Work, run_cells
@@ -128,7 +129,7 @@ def make_network(training: Training, left: Half) -> nn.Module:
 
 
 def train_network(training: Training, left: Half) -> nn.Module:
-    """Train on patches of the left half; return the network in eval mode."""
+    """Train on patches of the left half; return the network in eval mode. Raises NotFiniteError for such a loss."""
     from monai import losses
 
     network, patches = make_network(training, left).train(), Patches(left, training.seed)
@@ -139,7 +140,10 @@ def train_network(training: Training, left: Half) -> nn.Module:
     for _ in range(steps):
         images, labels = patches.draw(training.batch)
         optimizer.zero_grad()
-        loss(network(images), labels[:, None]).backward()
+        found = loss(network(images), labels[:, None])
+        if not found.isfinite():
+            raise NotFiniteError("the loss of a patch is not finite")
+        found.backward()
         optimizer.step()
         schedule.step()
     return network.eval()
@@ -176,7 +180,10 @@ class Segmentations(Work):
     def train(self, cell: Cell, recipe: Training) -> Trained:
         """Train one, and validate it on the slab."""
         start = time.perf_counter()
-        network = train_network(recipe, self.left)
+        try:
+            network = train_network(recipe, self.left)
+        except NotFiniteError as error:
+            return Trained(None, time.perf_counter() - start, str(error))
         seconds = time.perf_counter() - start
         write_tensors(_weights(self.out, recipe), network.state_dict())
         return Trained(dice(network, self.left, SLAB), seconds)

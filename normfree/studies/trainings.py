@@ -38,7 +38,11 @@ class RowTable(Generic[Row]):
         if self.path.exists():
             seen = self.path.stat().st_mtime_ns, self.path.stat().st_size
             if seen != self._seen:
-                _, texts = read_csv(self.path)
+                columns, texts = read_csv(self.path)
+                if "top1" in columns and self.kind is TrainingRow:
+                    raise ValueError(
+                        f"{self.path} was made before studies validated: rename it, or choose another --out"
+                    )
                 with reading_rows(self.path):
                     parsed = [
                         self.kind(**{name: parse(row[name]) for name, parse in self._parsers.items()}) for row in texts

@@ -110,6 +110,7 @@ class Training:
         self.accuracy: Accuracy | None = None
         seed_everything(recipe.seed + 1 + accelerator.process_index)  # of dropout and stochastic depth
         folder.check_data(recipe.data, self.setup.data.data, out)
+        folder.check_plan(self.setup.network.plan, out)
         accelerator.wait_for_everyone()  # until every process has found the folder in order
         if accelerator.is_main_process:
             self.writer.checkpoints.clean()

@@ -1,7 +1,7 @@
 """Weights that a training begins with: of another run, or of a file that somebody trained on other classes."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,18 @@ def load_initial(model: nn.Module, path: str | Path) -> None:
     tensors = _read(path)
     state = model.state_dict()
     counters = {name: tensor for name, tensor in state.items() if name.endswith(_COUNTER)}
-    if tensors.keys() - counters.keys() != state.keys() - counters.keys():
+    if _without_counters(tensors) != _without_counters(state):
         tensors = _in_order(tensors, state, path)
-    tensors = {**counters, **{name: tensor for name, tensor in tensors.items() if name in state}}
+    tensors = {**counters, **{n: tensor for n, tensor in tensors.items() if n in state or not n.endswith(_COUNTER)}}
     new = {name: state[name] for name in _classifier_names(model) if _of_other_classes(tensors.get(name), state[name])}
     try:
         load_state(model, tensors | new)
     except ValueError as error:
         raise TrainingError(f"{path} does not fit {type(model).__name__}: {error}") from error
+
+
+def _without_counters(names: Iterable[str]) -> set[str]:
+    return {name for name in names if not name.endswith(_COUNTER)}
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -365,3 +365,31 @@ def test_it_trains_as_a_frozen_normalizer_does(bias, tmp_path):
     again = load_converted(network(), convert(frozen, x, keep="function").save(tmp_path / "c.safetensors")).eval()
     assert_allclose(again(x), frozen(x), atol=1e-9)
     assert_allclose(normfree.fold(kept)(x), frozen(x), atol=1e-9)
+
+
+def test_a_frozen_normalizer_that_closes_a_channel_can_open_it_again():
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.tensor([0.0, 2, 1])), nn.Parameter(torch.tensor([1.0, 0, -1]))
+            self.register_buffer("running_mean", torch.tensor([0.5, -1, 2]))
+            self.register_buffer("running_var", torch.tensor([0.25, 4, 1]))
+
+        def forward(self, x):
+            scale = self.weight * (self.running_var + 1e-3).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            return x * scale[:, None, None] + shift[:, None, None]
+
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), FrozenBatchNorm2d()).eval()
+    kept = convert(frozen, IMAGES, keep="function").model
+    for model in (frozen, kept):
+        model(IMAGES).square().sum().backward()
+    assert_allclose(kept[0].gain.grad, frozen[1].weight.grad, rtol=1e-4)
+    assert_allclose(kept[0].weight.grad, frozen[0].weight.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_a_normalizer_without_a_shift_gets_none_that_trains():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)).eval()
+    kept = convert(model, IMAGES, keep="function").model
+    assert [name for name, p in kept.named_parameters() if p.requires_grad] == ["0.weight"]

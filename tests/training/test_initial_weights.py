@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from normfree.errors import TrainingError
 from normfree.training.initial_weights import load_initial
@@ -129,3 +130,21 @@ def test_files_that_are_damaged_or_not_there_are_named(tmp_path):
     torch.save(broken.state_dict(), tmp_path / "nan.pth")
     with pytest.raises(TrainingError, match=r"nan\.pth has values that are no numbers in conv\.weight"):
         load_initial(Named(), tmp_path / "nan.pth")
+
+
+def test_what_the_model_does_not_have_is_refused_and_frozen_normalizers_need_no_counters(tmp_path):
+    source = trained()
+    more = source.state_dict() | {
+        "conv.gain": torch.ones(4)
+    }  # as a converted network's, whose weight is not the filter
+    torch.save(more, tmp_path / "more.pth")
+    save_file(more, tmp_path / "more.safetensors")
+    for name in ("more.pth", "more.safetensors"):
+        with pytest.raises(TrainingError, match=r"it lacks nothing, and has conv\.gain besides"):
+            load_initial(Named(), tmp_path / name)
+    state = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
+    shuffled = dict(sorted(source.state_dict().items(), reverse=True))  # by their names all the same
+    torch.save(shuffled, tmp_path / "a.pth")
+    frozen = Named(norm=FrozenBatchNorm2d)
+    load_initial(frozen, tmp_path / "a.pth")
+    assert all(torch.equal(value, frozen.state_dict()[name]) for name, value in state.items())

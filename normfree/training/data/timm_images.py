@@ -53,7 +53,8 @@ class TimmImages:
 def image_folders(path: Path) -> tuple[TimmImages, TimmImages, TimmImages | None]:
     """Read the images to train, to test and, where `val` (or `validation`) and `test` are both there, to validate."""
     validation = next((path / split for split in ("val", "validation") if (path / split).is_dir()), None)
-    test = path / "test" if _has_classes(path / "test") else validation
+    has_test = _has_classes(path / "test", path / "train") or (validation is None and (path / "test").is_dir())
+    test = path / "test" if has_test else validation
     if test is None or not (path / "train").is_dir():
         raise ValueError(f"{path} has no folders train and val (or test): it would be tested on what it trains on")
     train = _in_folders_of_classes(path / "train")
@@ -61,9 +62,9 @@ def image_folders(path: Path) -> tuple[TimmImages, TimmImages, TimmImages | None
     return train, tested, None if validation in (None, test) else _numbered_as(train, validation)
 
 
-def _has_classes(path: Path) -> bool:
-    """Tell whether there are folders in a folder; ImageNet's test images are in none, since they have no labels."""
-    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+def _has_classes(path: Path, train: Path) -> bool:
+    """Tell whether a folder has one of a class; test images without labels, as ImageNet's, are in none."""
+    return path.is_dir() and any(entry.is_dir() and (train / entry.name).is_dir() for entry in path.iterdir())
 
 
 def _numbered_as(train: TimmImages, path: Path) -> TimmImages:

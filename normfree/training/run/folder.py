@@ -53,6 +53,12 @@ def check_data(spec: str, data: Data, out: Path) -> None:
         raise ValueError(f"{spec} has {'; '.join(changed)} when {out} was begun: the run cannot go on as it began")
 
 
+def check_plan(plan: Plan | None, out: Path) -> None:
+    """Raise ValueError where the run in `out` was converted otherwise, as by an earlier version."""
+    if plan is not None and list(out.glob("checkpoints/step_*")) and read_plan(out) != plan:
+        raise ValueError(f"{out} was converted otherwise than it would be now: go on with the version that began it")
+
+
 def write_run(out: Path, recipe: Recipe, data: Data, plan: Plan | None) -> None:
     """Write the descriptions. Raises TrainingError where they cannot be written."""
     texts = {RECIPE: recipe.to_json(), DATA: document_text(_description(data))}

@@ -327,3 +327,11 @@ def test_folders_to_validate_and_to_test_are_told_apart(tmp_path):
     picture(0).save(tmp_path / "test" / "0.png")
     data = load(f"imagefolder:{tmp_path}")
     assert (len(data.test), data.validation) == (4, None)
+
+
+def test_test_images_without_labels_are_no_test_set(tmp_path):
+    for place in ("train/a", "train/b", "val/a", "test/images", "test/.ipynb_checkpoints"):
+        (tmp_path / place).mkdir(parents=True)
+        picture(0).save(tmp_path / place / "0.png")
+    data = load(f"imagefolder:{tmp_path}")
+    assert (data.test.labels, data.validation) == ([0], None)
