@@ -49,7 +49,7 @@ class RowTable(Generic[Row]):
                     ]
                 self._rows = {(row.recipe, row.row, row.column): row for row in reversed(parsed)}
                 self._seen = seen
-        return list(self._rows.values())
+        return list(reversed(self._rows.values()))
 
     def find(self, cell: Cell, lr: float, seed: int) -> Row | None:
         """Return the row of this recipe, rate and seed, if it is there."""

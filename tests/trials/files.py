@@ -23,7 +23,7 @@ from normfree.files.csv_tables import Table
 from normfree.images import batch_function
 from normfree.models.safe_pickle import read_arrays
 from normfree.studies.study import TrainingRow
-from normfree.studies.trainings import TrainingTable
+from normfree.studies.trainings import StudyTables
 from normfree.training import Recipe, load_run, train
 from normfree.training.data import load
 from normfree.training.run.checkpoint import find_damage, read_position
@@ -110,7 +110,7 @@ def _signal(folder):
 
 
 def _trainings(folder):
-    table = TrainingTable(folder / "trainings.csv")
+    table = StudyTables(folder).trainings
     for seed in range(3):
         table.add(TrainingRow("abc", "a", "b", 0.1, seed, 50.0, 1.0))
 
@@ -227,7 +227,7 @@ READABLE = (
     Readable("metrics.csv", _run(), _cut_back("metrics.csv")),
     Readable("metrics.csv", _run(), lambda folder: summary_of(read_curves(folder))),
     Readable("signal.csv", _run(), _signal),
-    Readable("trainings.csv", _trainings, lambda folder: summary_of(TrainingTable(folder / "trainings.csv").read())),
+    Readable("trainings.csv", _trainings, lambda folder: summary_of(StudyTables(folder).trainings.rows())),
     *(
         Readable(file, _array_file, lambda folder, file=file: summary_of(read_arrays(folder / file)))
         for file in ("arrays.npz", "arrays.pickle")
