@@ -10,29 +10,25 @@ statistics are no parameters: a row averages them too, another keeps those of th
 import argparse
 import copy
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.conversion import convert
 from normfree.errors import NotFiniteError
-from normfree.files.tensors import load_state, read_tensors, write_tensors
 from normfree.studies.cifar_resnets import CifarResNet
-from normfree.studies.runner import Trained, Work, run_cells
+from normfree.studies.in_memory import InMemory
+from normfree.studies.runner import run_cells
 from normfree.studies.study import Cell, Rates, Study
-from normfree.studies.trainings import fingerprint
-from normfree.training.data.datasets import Data, Images, hold_out, load
+from normfree.training.data.datasets import load
 
 CLIENTS, BATCH = 10, 16
 PARAMETERS_ONLY = "BatchNorm, parameters averaged"
 KINDS = (PARAMETERS_ONLY, "BatchNorm, statistics averaged too", "GroupNorm", "converted")
-_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -44,13 +40,6 @@ class Federation:
     rounds: int
     lr: float  # of SGD with momentum 0.9, on each client
     seed: int = 0
-
-
-def tensors_of(images: Images, data: Data) -> tuple[Tensor, Tensor]:
-    """Return all images, (N, 1, 16, 16), normalized, and their labels."""
-    pixels = torch.stack([torch.from_numpy(np.array(images[i][0])) for i in range(len(images))])
-    scaled = F.interpolate(pixels[:, None].float() / 255, _SIZE, mode="bilinear", align_corners=False)
-    return (scaled - data.mean[0]) / data.std[0], torch.tensor(images.labels)
 
 
 def make_network(federation: Federation, images: Tensor) -> nn.Module:
@@ -108,45 +97,16 @@ def _train(network: nn.Module, images: Tensor, labels: Tensor, lr: float, seed: 
         optimizer.step()
 
 
-@torch.no_grad()
-def accuracies(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return accuracy and balanced accuracy, in percent."""
-    right = (network(images).argmax(1) == labels).float()
-    classes = [right[labels == label].mean() for label in labels.unique()]
-    return float(right.mean() * 100), float(torch.stack(classes).mean() * 100)
+class Federations(InMemory):
+    """Trainings and tests on one data set."""
 
+    def make(self, recipe: Federation) -> nn.Module:
+        """Make the network, new."""
+        return make_network(recipe, self.training[0][:64])
 
-class Federations(Work):
-    """Trainings and tests on one data set; weights in `out`/runs."""
-
-    def __init__(self, out: Path, data: Data) -> None:
-        self.out = out
-        held = hold_out(data)
-        self.training, self.validation, self.testing = (
-            tensors_of(images, data) for images in (held.train, held.test, data.test)
-        )
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-
-    def _weights(self, recipe: Federation) -> Path:
-        return self.out / "runs" / f"{fingerprint(recipe)}.safetensors"
-
-    def train(self, cell: Cell, recipe: Federation) -> Trained:
-        """Train one, and validate it."""
-        start = time.perf_counter()
-        try:
-            network = federate(recipe, *self.training)
-        except NotFiniteError as error:
-            return Trained(None, time.perf_counter() - start, str(error))
-        write_tensors(self._weights(recipe), network.state_dict())
-        return Trained(accuracies(network, *self.validation)[0], time.perf_counter() - start)
-
-    def test(self, cell: Cell, recipe: Federation) -> tuple[float, float]:
-        """Test one that has been trained, here or elsewhere."""
-        if not self._weights(recipe).exists():
-            self.train(cell, recipe)
-        network = make_network(recipe, self.training[0][:64])
-        load_state(network, read_tensors(self._weights(recipe))[0])
-        return accuracies(network.eval(), *self.testing)
+    def fit(self, recipe: Federation) -> nn.Module:
+        """Train it."""
+        return federate(recipe, *self.training)
 
 
 def define(rounds: int) -> Study:

@@ -9,7 +9,6 @@ are set on noise, not on the images. Learning rates are chosen by validation ima
 """
 
 import argparse
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from normfree.conversion import convert
-from normfree.files.tensors import load_state, read_tensors, write_tensors
+from normfree.errors import NotFiniteError
 from normfree.nn.surgery import replace_modules
 from normfree.optim import param_groups
 from normfree.privacy import per_sample_gradients
 from normfree.studies.cifar_resnets import CifarResNet
-from normfree.studies.federated import accuracies, tensors_of
-from normfree.studies.runner import Trained, Work, run_cells
+from normfree.studies.in_memory import InMemory
+from normfree.studies.runner import run_cells
 from normfree.studies.study import Cell, Rates, Study
-from normfree.studies.trainings import fingerprint
-from normfree.training.data.datasets import Data, hold_out, load
+from normfree.training.data.datasets import Data, load
 
 FIXED = "ModuleValidator.fix"
 _NORM = 1.0  # to which an image's gradient is clipped
@@ -113,38 +111,23 @@ def _average(network: Any, images: int, views: int) -> None:
             parameter.grad_sample = parameter.grad_sample.view(images, views, *parameter.shape).mean(1)
 
 
-class PrivateTrainings(Work):
-    """Trainings and tests on one data set; weights in `out`/runs."""
+class PrivateTrainings(InMemory):
+    """Trainings and tests on one data set, of which the first images are trained on."""
 
     def __init__(self, out: Path, data: Data, images: int) -> None:
-        self.out = out
-        held = hold_out(data)
-        self.training, self.validation, self.testing = (
-            tensors_of(images, data) for images in (held.train, held.test, data.test)
-        )
+        super().__init__(out, data)
         self.training = (self.training[0][:images], self.training[1][:images])
-        (out / "runs").mkdir(parents=True, exist_ok=True)
 
-    def _weights(self, recipe: Private) -> Path:
-        return self.out / "runs" / f"{fingerprint(recipe)}.safetensors"
+    def make(self, recipe: Private) -> nn.Module:
+        """Make the network, new."""
+        return make_network(recipe, self.training[0].shape[-1])
 
-    def train(self, cell: Cell, recipe: Private) -> Trained:
-        """Train one, and validate it."""
-        start = time.perf_counter()
+    def fit(self, recipe: Private) -> nn.Module:
+        """Train it. Raises NotFiniteError for a parameter that is not."""
         network = train_network(recipe, *self.training)
-        seconds = time.perf_counter() - start
         if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
-            return Trained(None, seconds, "a parameter is not finite")
-        write_tensors(self._weights(recipe), network.state_dict())
-        return Trained(accuracies(network, *self.validation)[0], seconds)
-
-    def test(self, cell: Cell, recipe: Private) -> tuple[float, float]:
-        """Test one that has been trained, here or elsewhere."""
-        if not self._weights(recipe).exists():
-            self.train(cell, recipe)
-        network = make_network(recipe, self.testing[0].shape[-1])
-        load_state(network, read_tensors(self._weights(recipe))[0])
-        return accuracies(network.eval(), *self.testing)
+            raise NotFiniteError("a parameter is not finite")
+        return network
 
 
 def define(images: int, epochs: int, data: str = "digits") -> Study:

@@ -7,7 +7,8 @@ import torch
 
 from normfree.errors import NotFiniteError
 from normfree.studies import federated
-from normfree.studies.federated import KINDS, Federation, accuracies, average, define, federate, split
+from normfree.studies.federated import KINDS, Federation, average, define, federate, split
+from normfree.studies.in_memory import accuracies
 from normfree.studies.runner import run_cells
 from normfree.training.data.datasets import load
 from tests.helpers import assert_allclose
