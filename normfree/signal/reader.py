@@ -1,6 +1,8 @@
 """The reader: from a tape to the records of a report."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -41,6 +43,16 @@ class Reader:
             rows = [self._record(node, shortcut="none", residual_variance=None) for node in layers]
         return _numbered(rows)
 
+    def branches_to_stream(self) -> list[float]:
+        """Root mean square of each join's branch, as it is added, over that of its shortcut; NaN over nothing."""
+        return [_branch_to_stream(self.tape.nodes[join.node], join) for join in self.joins]
+
+    def rectifiers(self) -> list[tuple[str, Node]]:
+        """Return the names and nodes of the rectifiers behind which zeros were counted."""
+        nodes = [node for node in self.tape.nodes if node.zeros is not None]
+        names = numbered_names([node.module or type(self.model).__name__ for node in nodes])
+        return list(zip(names, nodes, strict=True))
+
     def _join_record(self, node: Node, join: Join) -> SignalRecord:
         scale = self.scales[join.node]
         residual = None
@@ -75,13 +87,31 @@ class Reader:
 
 def _numbered(records: list[SignalRecord]) -> list[SignalRecord]:
     """Number the stages (a new one where the shape changes), and add "#2" to the name of a module's second record."""
-    numbered, stage, seen = [], 0, dict[str, int]()
-    for previous, record in zip([None, *records], records, strict=False):
+    numbered, stage = [], 0
+    names = numbered_names([record.name for record in records])
+    for previous, record, name in zip([None, *records], records, names, strict=False):
         stage += previous is None or previous.shape[1:] != record.shape[1:]
-        seen[record.name] = seen.get(record.name, 0) + 1
-        name = record.name if seen[record.name] == 1 else f"{record.name}#{seen[record.name]}"
         numbered.append(dataclasses.replace(record, name=name, stage=stage))
     return numbered
+
+
+def numbered_names(names: Sequence[str]) -> list[str]:
+    """Add "#2" to the second of the same name, and so on."""
+    seen = dict[str, int]()
+    numbered = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        numbered.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return numbered
+
+
+def _branch_to_stream(node: Node, join: Join) -> float:
+    squares = {}
+    for term in node.terms:
+        assert term.statistics is not None
+        squares[term.node] = float(term.statistics.sum()) * term.factor**2
+    stream = squares[join.shortcut_node]
+    return math.sqrt(squares[join.branch_node] / stream) if stream > 0 else math.nan
 
 
 def _declared_scale(module: nn.Module) -> float:

@@ -26,6 +26,15 @@ def channel_statistics(x: Tensor, channel_axis: int | None = None) -> Tensor:
     return torch.stack([mean.square().mean(), variance.mean()])
 
 
+def channel_zeros(x: Tensor, channel_axis: int | None = None) -> Tensor:
+    """Compute (fraction of zeros, fraction of channels that are zero everywhere) of x, a float64 tensor of 2."""
+    axis = default_channel_axis(x.ndim) if channel_axis is None else channel_axis
+    others = [d for d in range(x.ndim) if d != axis]
+    # An empty list of axes means all of them.
+    alive = torch.count_nonzero(x.detach(), others).double() if others else (x.detach() != 0).double()
+    return torch.stack([1 - alive.sum() / x.numel(), (alive == 0).double().mean()])
+
+
 def channel_moments(x: Tensor, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
     """Compute mean and biased variance of each channel, two float64 tensors of (C,), as `channel_statistics` does."""
     axis = default_channel_axis(x.ndim) if channel_axis is None else channel_axis

@@ -1,7 +1,7 @@
 """Operations of torch by what they do to a signal: weight layers, additions, scalings; where channels go."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,6 +34,10 @@ SCALINGS = {"mul", "mul_", "div", "div_", "neg", "neg_"}
 SELECTIONS = {
     "argmax", "argmin", "argsort", "batched_nms", "masked_select", "nms", "nonzero", "nonzero_numpy", "sort", "topk",
     "unique_consecutive", "unique_dim", "_unique", "_unique2",
+}  # fmt: skip
+# Rectifiers, and where the bound below which they cut stands among the arguments, and what it is unless given.
+RECTIFIERS: dict[str, tuple[int, float] | None] = {
+    "relu": None, "clamp_min": (1, math.nan), "clamp": (1, math.nan), "hardtanh": (1, -1.0), "threshold": (1, math.nan),
 }  # fmt: skip
 GATES = {"_softmax", "_safe_softmax", "sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"}
 NOT_A_FUNCTION_OF_VALUES = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
@@ -71,6 +75,20 @@ def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
         if argument.alias_info is not None and argument.alias_info.is_write:
             written += tensors_in((args[position] if position < len(args) else kwargs.get(argument.name),))
     return written
+
+
+def is_rectifier(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an operation sets to 0 what is below 0: ReLU and ReLU6, by whatever name."""
+    op = op.removesuffix("_")
+    if op not in RECTIFIERS:
+        return False
+    bound = RECTIFIERS[op]
+    if bound is None:
+        return True
+    position, default = bound
+    least = args[position] if len(args) > position else kwargs.get("min", default)
+    cuts_to_zero = op != "threshold" or (len(args) > 2 and args[2] == 0)
+    return isinstance(least, int | float) and least == 0 and cuts_to_zero
 
 
 def same_but_for_space(a: Tensor, b: Tensor, channel_axis: int | None) -> bool:

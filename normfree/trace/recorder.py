@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from normfree import _torch
-from normfree.trace.channels import channel_statistics, has_statistics
+from normfree.trace.channels import channel_statistics, channel_zeros, has_statistics
 from normfree.trace.lineage import Lineage
 from normfree.trace.operations import (
     ADDITIONS,
@@ -27,6 +27,7 @@ from normfree.trace.operations import (
     SELECTIONS,
     VIEWS,
     channel_axis_after,
+    is_rectifier,
     same_but_for_space,
     tensors_in,
     written_by,
@@ -45,6 +46,7 @@ def recording(
     inputs: Iterable[Tensor],
     *,
     reduce_weight_layers: bool = False,
+    count_zeros: bool = False,
     on_gradient: Callable[[int, Tensor], None] | None = None,
     on_module: Callable[[str, int | None, Tensor], None] | None = None,
 ) -> Iterator[Callable[[Iterable[Tensor]], None]]:
@@ -55,10 +57,11 @@ def recording(
     Additions of activations are reduced to statistics, terms and result, the moment they happen; with
     `reduce_weight_layers` the outputs of weight layers too. `on_gradient` is called with a node and its gradient, in a
     later backward pass, for everything that was reduced; `on_module` with a module's path, its output, where that is a
-    tensor, and before it the node of that, or None.
+    tensor, and before it the node of that, or None. With `count_zeros` zeros are counted behind rectifiers.
     """
     recorder = _Recorder(tape, model, inputs, reduce_weight_layers, on_gradient)
     recorder.on_module = on_module
+    recorder.count_zeros = count_zeros
     with recorder.module_hooks(), recorder:
         yield recorder.note_outputs
     recorder.flush_gradient_hooks()
@@ -78,6 +81,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.reduce_weight_layers = reduce_weight_layers
         self.on_gradient = on_gradient
         self.on_module: Callable[[str, int | None, Tensor], None] | None = None
+        self.count_zeros = False
         self.names = {id(module): name for name, module in model.named_modules()}
         # Their gates add activations at every time step; none of that is a residual stream.
         self.recurrent = {name for name, module in model.named_modules() if isinstance(module, nn.RNNBase)}
@@ -171,13 +175,14 @@ class _Recorder(_torch.TorchDispatchMode):
         written = written_by(func, args, kwargs)
         module = self.stack[-1] if self.stack else ""
         weight_layer = self.weights.are_in(func, op, args, out, module)
-        for tensor in tensors_in((out,)):
-            if not any(tensor is w for w in written):
-                self._node_for(op, args, tensor, parents, terms, weight_layer)
-        for tensor in written:
-            self.lineage.writes[_torch.storage_key(tensor)] = self._node_for(
-                op, args, tensor, parents, terms, weight_layer
-            )
+        counts_zeros = self.count_zeros and is_rectifier(op, args, kwargs)
+        in_place = {id(tensor) for tensor in written}
+        for tensor in [*(t for t in tensors_in((out,)) if id(t) not in in_place), *written]:
+            node = self._node_for(op, args, tensor, parents, terms, weight_layer)
+            if id(tensor) in in_place:
+                self.lineage.writes[_torch.storage_key(tensor)] = node.index
+            if counts_zeros and has_statistics(tensor):
+                node.zeros = channel_zeros(tensor, node.channel_axis)
 
     def _add_node(self, op: str, tensor: Tensor, parents: tuple[int, ...], **attributes: Any) -> Node:
         module = self.stack[-1] if self.stack else ""
@@ -190,7 +195,7 @@ class _Recorder(_torch.TorchDispatchMode):
     def _node_for(
         self, op: str, args: tuple[Any, ...], tensor: Tensor, parents: tuple[int, ...], terms: tuple[Operand, ...],
         weight_layer: bool,
-    ) -> int:  # fmt: skip
+    ) -> Node:  # fmt: skip
         node = self._add_node(
             op,
             tensor,
@@ -211,7 +216,7 @@ class _Recorder(_torch.TorchDispatchMode):
             node.statistics = channel_statistics(tensor, node.channel_axis)
             if self.on_gradient is not None:
                 self.awaiting_hook.append((weakref.ref(tensor), node.index))
-        return node.index
+        return node
 
     def note_outputs(self, outputs: Iterable[Tensor]) -> None:
         """Note the nodes of the outputs, and which tensors are still held by somebody."""

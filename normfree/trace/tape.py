@@ -32,6 +32,7 @@ class Node:
     parameters: tuple[str, ...] = ()  # those that `factor`, or a factor per channel, comes from
     stacked_along: int | None = None  # the axis along which the parents were stacked
     statistics: Tensor | None = None
+    zeros: Tensor | None = None  # of a rectifier: fraction of zeros, and of channels that are zero everywhere
     terms: tuple[Operand, ...] = ()  # of an addition
     selects: bool = False  # it has other values, or another number of them, where values before it differ by rounding
 

@@ -288,10 +288,12 @@ class Training:
     def _monitor(self) -> Any:
         if not self.recipe.signal_every or not self.accelerator.is_main_process:
             return contextlib.nullcontext()
-        return SignalMonitor(
-            self.setup.network.model, every=self.recipe.signal_every, path=self.out / "signal.csv",
-            log=lambda values, step: self.accelerator.log(dict(values), step=step), step=self.position.step,
+        monitor = SignalMonitor(
+            self.setup.network.model, every=self.recipe.signal_every, statistics="all",
+            optimizer=self.setup.optimizer.optimizer, path=self.out / "signal.csv", step=self.position.step,
         )  # fmt: skip
+        monitor.on_record(lambda numbers, step: self.accelerator.log(dict(numbers), step=step))
+        return monitor
 
     def _evaluate(self) -> None:
         network = self.setup.network

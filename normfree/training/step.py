@@ -68,8 +68,6 @@ class Step:
                     if not mixed:
                         sums[1:3] += batch_totals(logits.detach(), targets, weights)[2:4]
         sums[3], sums[4] = float(stop_requested), float(unreadable)
-        if monitor is not None:
-            monitor.collect()
         accelerator.unscale_gradients()
         gradients = [p.grad for p in setup.network.model.parameters() if p.grad is not None]
         norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
@@ -77,6 +75,8 @@ class Step:
         sums[5] = norm
         loss_sum, first, five, stops, new, norm_value = sums.tolist()
         finite = self._update(number, loss_sum, norm)
+        if monitor is not None:
+            monitor.collect()
         if not finite:
             for buffer, value in before:
                 buffer.copy_(value)

@@ -198,7 +198,8 @@ def test_the_network_that_a_compiled_one_was_made_from_is_watched():
 def test_it_draws_pictures_and_tells_trackers(tmp_path):
     told = []
     model = network()
-    monitor = SignalMonitor(model, every=1, log=lambda values, step: told.append((step, values)))
+    monitor = SignalMonitor(model, every=1)
+    monitor.on_record(lambda numbers, step: told.append((step, numbers)))
     with pytest.raises(ValueError, match="measured nothing"):
         monitor.draw(tmp_path / "signal.png")
     with monitor:
