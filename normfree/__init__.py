@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from normfree.nn import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, gain
     from normfree.optim import param_groups
-    from normfree.signal import SignalError, SignalReport, characterize, compare
+    from normfree.signal import SignalError, SignalReport, characterize, compare, sweep
 
 __version__ = "0.1.0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "param_groups",
     "register_with_timm",
     "signal",
+    "sweep",
 ]
 
 # Imported when they are asked for, so that the command line answers at once, to Ctrl-C too, while torch is imported.

@@ -166,5 +166,6 @@ def test_public_names_are_what_the_documents_promise():
         "ScaledWSConv1d", "ScaledWSConv2d", "ScaledWSConv3d", "SignalError", "SignalReport", "characterize", "compare",
         "convert", "create_model", "export", "fold", "from_pretrained", "from_timm", "gain", "list_models",
         "load_converted", "load_haiku", "models", "nn", "param_groups", "register_with_timm", "signal",
+        "sweep",
     }  # fmt: skip
     assert all(hasattr(normfree, name) for name in normfree.__all__)

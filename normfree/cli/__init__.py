@@ -1,4 +1,4 @@
-"""The command line: `normfree spp`, `models`, `demo`, `convert`, `export`, `bench`, `train`, `eval` and `study`."""
+"""The command line: `normfree spp`, `sweep`, `models`, `demo`, `convert`, `export`, `bench`, `train` and others."""
 
 import importlib.metadata
 import os
@@ -8,7 +8,7 @@ import sys
 
 from normfree.cli.failures import release_output, report, say
 
-_PLACES = ("--out", "--report", "--weights")
+_PLACES = ("--out", "--report", "--table", "--weights")
 
 
 def main() -> None:
@@ -58,6 +58,7 @@ def _run(arguments: list[str]) -> None:
     from normfree.cli.models import models
     from normfree.cli.spp import spp
     from normfree.cli.study import study
+    from normfree.cli.sweep import sweep
     from normfree.cli.train import evaluate, train, train_command
 
     if arguments[:1] == ["train"]:
@@ -74,6 +75,7 @@ def _run(arguments: list[str]) -> None:
             "train": train,
             "eval": evaluate,
             "study": study,
+            "sweep": sweep,
         },
         prog="normfree",
         args=arguments,

@@ -6,5 +6,16 @@ from normfree.signal.measurement import characterize
 from normfree.signal.monitor import SignalMonitor
 from normfree.signal.record import SignalRecord
 from normfree.signal.report import SignalReport
+from normfree.signal.sweep_report import SweepReport
+from normfree.signal.sweeping import sweep
 
-__all__ = ["SignalError", "SignalMonitor", "SignalRecord", "SignalReport", "characterize", "compare"]
+__all__ = [
+    "SignalError",
+    "SignalMonitor",
+    "SignalRecord",
+    "SignalReport",
+    "SweepReport",
+    "characterize",
+    "compare",
+    "sweep",
+]

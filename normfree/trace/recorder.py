@@ -49,6 +49,7 @@ def recording(
     count_zeros: bool = False,
     on_gradient: Callable[[int, Tensor], None] | None = None,
     on_module: Callable[[str, int | None, Tensor], None] | None = None,
+    on_value: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     """Record on `tape` what happens inside; `inputs` are the tensors it starts from.
 
@@ -57,10 +58,12 @@ def recording(
     Additions of activations are reduced to statistics, terms and result, the moment they happen; with
     `reduce_weight_layers` the outputs of weight layers too. `on_gradient` is called with a node and its gradient, in a
     later backward pass, for everything that was reduced; `on_module` with a module's path, its output, where that is a
-    tensor, and before it the node of that, or None. With `count_zeros` zeros are counted behind rectifiers.
+    tensor, and before it the node of that, or None. `on_value` gets a node
+    and its tensor when that is reduced. With `count_zeros` zeros are counted behind rectifiers.
     """
     recorder = _Recorder(tape, model, inputs, reduce_weight_layers, on_gradient)
     recorder.on_module = on_module
+    recorder.on_value = on_value
     recorder.count_zeros = count_zeros
     with recorder.module_hooks(), recorder:
         yield recorder.note_outputs
@@ -81,6 +84,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.reduce_weight_layers = reduce_weight_layers
         self.on_gradient = on_gradient
         self.on_module: Callable[[str, int | None, Tensor], None] | None = None
+        self.on_value: Callable[[int, Tensor], None] | None = None
         self.count_zeros = False
         self.names = {id(module): name for name, module in model.named_modules()}
         # Their gates add activations at every time step; none of that is a residual stream.
@@ -214,6 +218,8 @@ class _Recorder(_torch.TorchDispatchMode):
             node.stacked_along = int(args[1] if len(args) > 1 else 0) % tensor.ndim
         if terms or (node.weight_layer and self.reduce_weight_layers and has_statistics(tensor)):
             node.statistics = channel_statistics(tensor, node.channel_axis)
+            if self.on_value is not None:
+                self.on_value(node.index, tensor)
             if self.on_gradient is not None:
                 self.awaiting_hook.append((weakref.ref(tensor), node.index))
         return node

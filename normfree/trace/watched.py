@@ -30,6 +30,7 @@ def run_watched(
     reduce_weight_layers: bool = False,
     on_gradient: Callable[[int, Tensor], None] | None = None,
     on_module: Callable[[str, int | None, Tensor], None] | None = None,
+    on_value: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Run the model on copies of the inputs, in eval mode, recorded on `tape`; return its output's tensors.
 
@@ -47,7 +48,12 @@ def run_watched(
                 starts = tensors((args, kwargs))
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # noqa: SIM117, recording innermost
                     with recording(
-                        tape, model, starts, reduce_weight_layers=reduce_weight_layers, on_module=on_module
+                        tape,
+                        model,
+                        starts,
+                        reduce_weight_layers=reduce_weight_layers,
+                        on_module=on_module,
+                        on_value=on_value,
                     ) as note_outputs:
                         out = model(*args, **kwargs)
                         note_outputs(tensors(out))
