@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from normfree.benchmarks.measure import added_peak
 from normfree.conversion import convert
 from normfree.models import create_model
-from normfree.signal import characterize
+from normfree.signal import SignalMonitor, characterize
 from normfree.trace.preparation import measuring
 
+MONITOR_LIMIT = 0.01  # of the time of a training, with everything measured at every hundredth step
 TIME_LIMIT, MEMORY_LIMIT, CONVERSION_LIMIT = 1.6, 1.10, 5.0
 
 
@@ -35,11 +36,43 @@ def plain(model: nn.Module, x: Tensor) -> None:
         model(x)
 
 
+def with_prediction(model: nn.Module, x: Tensor) -> None:
+    """Characterize, and predict."""
+    characterize(model, x, predict=True)
+
+
 def timed(function: Callable[..., Any], *args: Any) -> float:
     """Seconds of a call."""
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
+
+
+def monitored_steps(name: str, batch: int, size: int, rounds: int) -> dict[str, float]:
+    """Times of training steps in which a monitor measures everything, and of others, interleaved."""
+    model, x = create_model(name), torch.randn(batch, 3, size, size)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+
+    def step() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def measured_step() -> None:
+        step()
+        monitor.collect()  # else the next step would make the rows
+
+    step()
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    with SignalMonitor(model, every=2, statistics="all", optimizer=optimizer) as monitor:
+        step()
+        monitor.step = 0
+        for _ in range(rounds):
+            seconds[True].append(timed(measured_step))
+            seconds[False].append(timed(step))
+    ratios = sorted(a / b for a, b in zip(seconds[True], seconds[False], strict=True))
+    ratio = statistics.median(ratios)
+    return {"ratio": ratio, "ratio_min": ratios[0], "ratio_max": ratios[-1], "of_a_training": (ratio - 1) / 100}
 
 
 def time_ratio(name: str, measured: Callable[..., Any], batch: int, rounds: int) -> dict[str, float]:
@@ -104,10 +137,19 @@ def main() -> None:
         cost = results[of] = time_ratio(of, convert, options.batch, options.rounds)
         print(f"convert {of}: {cost['ratio']:.2f} [{cost['ratio_min']:.2f}, {cost['ratio_max']:.2f}] forwards of "
               f"{cost['forward_s']:.2f} s, limit {CONVERSION_LIMIT}")  # fmt: skip
+    results["monitor"] = watched = monitored_steps("nf_resnet50", options.batch, 128, options.rounds)
+    print(f"monitor: a step with everything measured takes {watched['ratio']:.2f} "
+          f"[{watched['ratio_min']:.2f}, {watched['ratio_max']:.2f}] of another, {watched['of_a_training']:.2%} of a "
+          f"training at every hundredth, limit {MONITOR_LIMIT:.0%}")  # fmt: skip
+    results["predict"] = predicted = time_ratio("nf_resnet50", with_prediction, options.batch, options.rounds)
+    print(f"characterize(predict=True): {predicted['ratio']:.2f} [{predicted['ratio_min']:.2f}, "
+          f"{predicted['ratio_max']:.2f}] forwards")  # fmt: skip
     print(json.dumps(results))
     limits = (("characterize_s", "ratio", TIME_LIMIT), ("characterize_s", "memory_ratio", MEMORY_LIMIT),
               ("convert_s", "ratio", CONVERSION_LIMIT))  # fmt: skip
-    if any(kind in row and row[what] > limit for row in results.values() for kind, what, limit in limits):
+    if watched["of_a_training"] > MONITOR_LIMIT or any(
+        kind in row and row[what] > limit for row in results.values() for kind, what, limit in limits
+    ):
         sys.exit("a limit is exceeded")
 
 

@@ -21,7 +21,8 @@ def spp(
     seeds: int = 1,
     open: bool = True,
     backward: bool = False,
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html|.png|.svg|.csv|.json")] = None,
+    predict: bool = False,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html|.png|.svg|.md|.csv|.json")] = None,
     json_output: Json = False,
 ) -> None:
     """Signal propagation: channel mean and variance at every residual block, at initialisation or of a trained network.
@@ -34,6 +35,7 @@ def spp(
         seeds: How many times to draw parameters and inputs anew.
         open: Set to one what closes branches at initialisation (SkipInit, LayerScale, zero gains).
         backward: The gradient's statistics too.
+        predict: What the statistics should be too, from weights and structure alone.
         out: Also write a figure, or the numbers.
         json_output: Print the numbers as JSON instead of tables.
     """
@@ -51,7 +53,9 @@ def spp(
             for name, factory in factories:
                 bar.update(task, description=name)
                 reports.append(
-                    characterize(factory, draw, seeds=seeds, open_branches=open, backward=backward, name=name)
+                    characterize(
+                        factory, draw, seeds=seeds, open_branches=open, backward=backward, predict=predict, name=name
+                    )
                 )
                 bar.advance(task)
     finally:

@@ -11,7 +11,7 @@ from normfree.arguments import checked
 from normfree.files.whole import write_whole
 from normfree.plotting import COLORS, altair, render, write_chart
 from normfree.signal import table
-from normfree.signal.formats import to_csv, to_json
+from normfree.signal.formats import to_csv, to_json, to_markdown
 from normfree.signal.record import STATISTICS, SignalRecords
 
 # A row of panels each: of the signal, of its gradient.
@@ -20,7 +20,7 @@ _ROWS = tuple(
     for of_gradient in (False, True)
 )
 _ROUNDING = 1e-12
-SUFFIXES = (".html", ".png", ".svg", ".csv", ".json")
+SUFFIXES = (".html", ".png", ".svg", ".md", ".csv", ".json")
 
 
 @checked
@@ -116,10 +116,12 @@ class SignalFigure:
             words.append("Lines: mean over the seeds; bands: from the lowest to the highest.")
         if any(record.expected_variance for report in reports for record in report):
             words.append("Dashed: the variance that the network expects of itself.")
+        if any(report.predicted for report in reports):
+            words.append("Dashed: what follows from weights and structure.")
         return " ".join(words)
 
     def save(self, path: str | Path) -> Path:
-        """Write .html (one file that needs no network), .png or .svg, or the numbers as .csv or .json.
+        """Write .html (one file that needs no network), .png or .svg, a summary (.md), or the numbers (.csv, .json).
 
         Raises ValueError for another suffix, OSError where it cannot be written; the file before is then as it was.
         """
@@ -130,6 +132,8 @@ class SignalFigure:
             write_whole(path, to_json(reports))
         elif suffix == ".csv":
             write_whole(path, to_csv(reports))
+        elif suffix == ".md":
+            write_whole(path, to_markdown(reports))
         elif suffix == ".html":
             write_whole(path, self.to_html())
         elif suffix in (".svg", ".png"):
@@ -197,10 +201,17 @@ def _points(name: str, report: SignalRecords) -> list[dict[str, Any]]:
                     "value": value,
                     "low": max(min(samples), value * 1e-6),
                     "high": max(samples),
-                    "expected": record.expected_variance if statistic == "variance" else None,
+                    "expected": _expected(record, statistic),
                 }
             )
     return points
+
+
+def _expected(record: Any, statistic: str) -> float | None:
+    """Return what the network's ledger, or else the prediction, says of a statistic, if it can be drawn."""
+    value = record.expected_variance if statistic == "variance" else None
+    value = value or getattr(record, f"predicted_{statistic}", None)
+    return value if value and math.isfinite(value) and value > _ROUNDING * record.variance else None
 
 
 def _panel(alt: Any, data: list[dict[str, Any]], statistic: str, title: str, color: Any) -> Any:

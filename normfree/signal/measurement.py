@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normfree.arguments import checked
 from normfree.errors import SignalError
+from normfree.signal.prediction import predict as predict_signal
 from normfree.signal.reader import Reader
 from normfree.signal.record import SignalRecord
 from normfree.signal.report import SignalReport
@@ -37,6 +38,7 @@ def characterize(
     open_branches: bool = True,
     batch_stats: bool = True,
     backward: bool = False,
+    predict: bool = False,
     name: str | None = None,
 ) -> SignalReport:
     """Measure the signal of a model: channel statistics at every residual join (Brock et al. 2021, section 3).
@@ -56,6 +58,7 @@ def characterize(
         batch_stats: BatchNorm normalizes with the statistics of the batch, as in training, unless it is frozen; its
             buffers are not touched. False: with its running statistics.
         backward: Also measure the gradients, for a random cotangent: each output times v ~ N(0, 1), summed.
+        predict: Also say what squared mean and variance should be, from weights and structure alone.
         name: Name of the model in the report.
 
     Returns:
@@ -84,7 +87,7 @@ def characterize(
             batch = noise(net) if inputs is None else inputs(net) if callable(inputs) and drawn else inputs
             measurement = _Measurement(net, *as_call(batch, net), batch_stats=batch_stats, backward=backward)
             with telling(f"measuring {type(net).__name__}"):
-                reports.append(measurement.report(open_branches))
+                reports.append(measurement.report(open_branches, predict))
     merged = SignalReport.merge(reports)
     return dataclasses.replace(merged, model=name or _name_of(model))
 
@@ -122,7 +125,12 @@ class _Measurement:
         self.backward = backward
         self.tape = Tape()  # of the last run
 
-    def report(self, open_branches: bool) -> SignalReport:
+    def report(self, open_branches: bool, predict: bool = False) -> SignalReport:
+        """Measure the signal and, with `predict`, what is expected of it."""
+        report = self._report(open_branches)
+        return self._with_prediction(report) if predict else report
+
+    def _report(self, open_branches: bool) -> SignalReport:
         closed = closed_parameters(self.model)
         records = self._measure(closed if open_branches else [])
         if not records.joins:
@@ -154,6 +162,24 @@ class _Measurement:
             opened=tuple(records.opened),
             normalizers=tuple(sorted({type(m).__name__ for m in self.model.modules() if is_normalizer(m)})),
             standardized=any(map(standardizes_weights, self.model.modules())),
+        )
+
+    def _with_prediction(self, report: SignalReport) -> SignalReport:
+        with opened_branches(self.model, list(report.opened)):
+            found = predict_signal(
+                self.model, self.args, self.kwargs, batch_stats=self.batch_stats, weight_layers=report.kind != "join"
+            )
+        values, unpredicted = found.values, found.unpredicted
+        if len(values) != len(report):
+            values, unpredicted = (None,) * len(report), ("a forward that does other things with fewer examples",)
+        records = [
+            dataclasses.replace(record, predicted_squared_mean=value[0], predicted_variance=value[1])
+            if value
+            else record
+            for record, value in zip(report, values, strict=True)
+        ]
+        return dataclasses.replace(
+            report, records=tuple(records), assumptions=found.assumptions, unpredicted=unpredicted
         )
 
     def _measure(self, names: list[str], weight_layers: bool = False) -> "_Records":

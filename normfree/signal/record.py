@@ -53,6 +53,8 @@ class SignalRecord:
         gradient_squared_mean: Average channel squared mean of the gradient, with backward=True.
         gradient_variance: Average channel variance of the gradient.
         gradient_residual_variance: Variance of the gradient with respect to the end of the branch.
+        predicted_squared_mean: Squared mean that follows from weights and structure, with predict=True.
+        predicted_variance: Variance that follows from them; both are None behind an operation that has no rule.
         samples: Statistic -> one value per seed.
     """
 
@@ -67,6 +69,8 @@ class SignalRecord:
     gradient_squared_mean: float | None = None
     gradient_variance: float | None = None
     gradient_residual_variance: float | None = None
+    predicted_squared_mean: float | None = None
+    predicted_variance: float | None = None
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def std(self, statistic: str) -> float:
@@ -94,6 +98,8 @@ class SignalRecords:
     normalizers: tuple[str, ...] = ()  # classes of the model's normalizers
     standardized: bool = False  # whether convolutions of the model standardize their weights
     seeds: int = 1
+    assumptions: tuple[str, ...] = ()  # of the prediction
+    unpredicted: tuple[str, ...] = ()  # operations that have no rule, and their modules
 
     @classmethod
     def merge(cls, reports: Sequence[Self]) -> Self:
@@ -113,6 +119,9 @@ class SignalRecords:
                 if None not in values:
                     samples[statistic] = tuple(values)
             means = {name: statistics.fmean(samples[name]) if name in samples else None for name in STATISTICS}
+            for name in ("predicted_squared_mean", "predicted_variance"):
+                values = [getattr(row, name) for row in rows]
+                means[name] = None if None in values else statistics.fmean(values)
             merged.append(dataclasses.replace(rows[0], samples=samples, **means))
         return dataclasses.replace(first, records=tuple(merged), seeds=len(reports))
 
@@ -129,6 +138,17 @@ class SignalRecords:
     def closed(self) -> list[str]:
         """Names of the joins whose branch is 0 and could not be opened, such as FixUp's zero convolutions."""
         return [record.name for record in self if record.residual_variance == 0]
+
+    @property
+    def predicted(self) -> list[tuple[float, float] | None]:
+        """Squared mean and variance of each record that follow from weights and structure, with predict=True.
+
+        None behind an operation that has no rule; the list is empty where no prediction was asked for.
+        """
+        known = [(record.predicted_squared_mean, record.predicted_variance) for record in self]
+        if not self.assumptions and not self.unpredicted:
+            return []
+        return [None if mean is None or variance is None else (mean, variance) for mean, variance in known]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a dictionary of plain values per record."""

@@ -9,6 +9,7 @@ from normfree.arguments import checked, require_moderate
 from normfree.errors import SignalError
 from normfree.signal import table
 from normfree.signal.record import SignalRecords
+from normfree.signal.remedies import Verdict
 from normfree.signal.verdicts import find_verdicts, first_problem
 
 
@@ -28,8 +29,11 @@ class SignalReport(SignalRecords):
     """
 
     @property
-    def verdicts(self) -> list[str]:
-        """Sentences on the numbers: what goes wrong, where first, and why; or that nothing does."""
+    def verdicts(self) -> list[Verdict]:
+        """Sentences on the numbers: what goes wrong, where first, and why; or that nothing does.
+
+        Each is a string, with `remedy`, what to do about it, and `page`, where the documents explain that.
+        """
         return find_verdicts(self)
 
     @checked
@@ -59,7 +63,7 @@ class SignalReport(SignalRecords):
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Write the report where its suffix says: .html, .png, .svg (charts), .csv, .json. Returns the path.
+        """Write the report where its suffix says: .html, .png, .svg (charts), .md, .csv, .json. Returns the path.
 
         Raises ValueError for another suffix, OSError where the file cannot be written, ImportError for charts without
         the extra "charts".

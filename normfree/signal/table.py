@@ -57,8 +57,15 @@ def title(report: SignalRecords) -> str:
 
 
 def footer(report: SignalRecords) -> list[str]:
-    """List the verdicts, and what was done to the model to measure it."""
-    lines = find_verdicts(report)
+    """List the verdicts, what to do about them, and what was done to the model to measure it."""
+    lines: list[str] = []
+    for verdict in find_verdicts(report):
+        lines.append(verdict)
+        remedy = f"to mend it: {verdict.remedy} (docs/{verdict.page})"
+        if verdict.is_problem and remedy not in lines:
+            lines.append(remedy)
+    if report.predicted:
+        lines.append(f"predicted from weights and structure, as if {'; '.join(report.assumptions)}")
     if report.opened:
         shown = ", ".join(report.opened[:3]) + (", …" if len(report.opened) > 3 else "")
         lines.append(f"opened for the measurement (set to one): {len(report.opened)} parameters, {shown}")
@@ -77,6 +84,7 @@ def cells(report: SignalRecords) -> tuple[list[str], list[list[str]]]:
         columns[statistic.replace("_", " ")] = lambda r, name=statistic: _number(getattr(r, name))  # type: ignore[misc]
         if statistic == "variance":
             columns["expected"] = lambda r: _number(r.expected_variance)
+            columns["predicted"] = lambda r: _number(r.predicted_variance)
     shown = {name: cell for name, cell in columns.items() if any(cell(record) != _NONE for record in report)}
     return list(shown), [[cell(record) for cell in shown.values()] for record in report]
 

@@ -6,33 +6,75 @@ from collections.abc import Callable, Iterable
 from itertools import groupby, pairwise
 
 from normfree.signal.record import SignalRecord, SignalRecords
+from normfree.signal.remedies import Verdict
 
 # Where the words begin: beyond these a network does not train, or only with care.
 EXPLODED = 100.0
 VANISHED = 0.01
 DRIFTED = 1.0
+DEPARTED = 1.25
 
 
-def find_verdicts(report: SignalRecords) -> list[str]:
+_START_SMALL = (
+    "inputs of mean 0 and variance 1, finite weights of variance 1/fan-in, as `normfree.nn.ScaledWSConv2d` has them by "
+    "construction",
+    "networks.md#one-idea-normalization-lives-in-the-weights",
+)
+
+
+def _bounded(report: SignalRecords) -> tuple[str, str]:
+    """Return what bounds the signal of such a network, and the page that explains it."""
+    if report.normalizers:
+        names = " and ".join(report.normalizers)
+        return (
+            f"`normfree.convert(model, images)` puts standardized weights in the place of {names} and scales the "
+            "branches as they add up",
+            "convert.md#what-is-done",
+        )
+    if report.standardized:
+        return (
+            "scale each branch as it is added: `alpha=0.2` bounds the growth in our networks; elsewhere "
+            "`skip_gain=0.0` and `out_scale=0.2` of the branch's last `normfree.nn.ScaledWSConv2d`",
+            "networks.md#one-idea-normalization-lives-in-the-weights",
+        )
+    return (
+        "`normfree.nn.ScaledWSConv2d` in the place of convolutions, with `in_scale=normfree.gain(activation)`, and "
+        "`out_scale=0.2` at the last one of each branch",
+        "networks.md#one-idea-normalization-lives-in-the-weights",
+    )
+
+
+def find_verdicts(report: SignalRecords) -> list[Verdict]:
     """Return sentences on the records; see `SignalReport.verdicts`."""
-    words = []
+    words: list[Verdict] = []
     if report.kind != "join":
-        words.append(f"{report.model} has no residual joins: there is one record per weight layer")
+        words.append(Verdict(f"{report.model} has no residual joins: there is one record per weight layer"))
     problem = _not_finite(report)
     if problem is not None:
-        return [*words, problem]
-    problems = [_too_large(report, EXPLODED), _too_small(report, VANISHED), _drift(report, DRIFTED)]
-    findings = [*problems, _against_the_ledger(report), _linear_growth(report)]
-    words += [finding for finding in findings if finding]
+        return [*words, Verdict(problem, *_START_SMALL)]
+    found = [_too_large(report, EXPLODED), _too_small(report, VANISHED), _drift(report, DRIFTED)]
+    problems = [None if words is None else Verdict(words, *_bounded(report)) for words in found]
+    if problems[2] is not None and report.standardized:
+        problems[2] = Verdict(problems[2])  # nothing to be mended
+    findings = [*problems, _against_the_ledger(report), _against_the_prediction(report), _linear_growth(report)]
+    words += [finding for finding in findings if finding is not None]
     if not any(problems):
+        variance, mean = _range(r.variance for r in report), max(record.mean_to_variance for record in report)
         words.append(
-            f"the signal neither explodes, vanishes nor drifts: variance {_range(r.variance for r in report)}, squared "
-            f"mean at most {_number(max(record.mean_to_variance for record in report))} of the variance"
+            Verdict(
+                f"the signal neither explodes, vanishes nor drifts: variance {variance}, squared mean at most "
+                f"{_number(mean)} of the variance"
+            )
         )
     if report.closed:
         words.append(
-            f"{len(report.closed)} branches have variance 0 and cannot be opened, {report.closed[0]} the first: zero "
-            "weights, or a single position"
+            Verdict(
+                f"{len(report.closed)} branches have variance 0 and cannot be opened, {report.closed[0]} the first: "
+                "zero weights, or a single position",
+                "start their last weights as the others, and close the branch by a gain instead (`skip_gain=0.0`; "
+                "`skip_gain=None` leaves it open), or measure on larger images",
+                "networks.md#one-idea-normalization-lives-in-the-weights",
+            )
         )
     return words
 
@@ -102,8 +144,10 @@ def _drift(report: SignalRecords, ratio: float) -> str | None:
     else:
         value = math.sqrt(record.mean_to_variance)
         words = f"√(squared mean / variance) is {_number(value)} at {record.name}, above {_number(ratio)}"
-    if record.squared_mean <= DRIFTED * record.variance or report.standardized:
+    if record.squared_mean <= DRIFTED * record.variance:
         return words
+    if report.standardized:
+        return f"{words}: standardized weights, whose filters have mean 0, take it out again"
     if not report.normalizers:
         return f"{words}: activations drift, the convolutions after them are not standardized"
     if report.kind != "join":
@@ -111,26 +155,57 @@ def _drift(report: SignalRecords, ratio: float) -> str | None:
     return f"{words}: {report.normalizers[0]} centers the branches, not the shortcut that they are added to"
 
 
-def _against_the_ledger(report: SignalRecords) -> str | None:
+def _against_the_ledger(report: SignalRecords) -> Verdict | None:
     known = [(r, r.variance / r.expected_variance) for r in report if r.expected_variance]
     if not known:
         return None
     low, high = min(ratio for _, ratio in known), max(ratio for _, ratio in known)
     if low >= 0.75 and high <= 1.25:
-        return f"variance follows the prediction, growing by α² per block from 1, within {max(1 - low, high - 1):.0%}"
+        within = max(1 - low, high - 1)
+        return Verdict(f"variance follows the prediction, growing by α² per block from 1, within {within:.0%}")
     if low >= 0.25 and high <= min(4, 1.5 * low):
-        return (
+        return Verdict(
             f"variance follows the prediction, growing by α² per block, at {low:.2f} to {high:.2f} of its size, as it "
             "may where inputs are not white noise of unit variance"
         )
     record, _ = max(known, key=lambda item: abs(math.log(max(item[1], 1e-300))))
-    return (
+    return Verdict(
         f"variance departs from the prediction: {_number(record.variance)} at {record.name}, expected "
-        f"{_number(record.expected_variance or 0.0)}"
+        f"{_number(record.expected_variance or 0.0)}",
+        "standardized weights, the γ of its activation and β at each branch (`standardize`, `gamma` and `beta` left as "
+        "they are in `create_model`), weights as they begin, and inputs of mean 0 and variance 1",
+        "networks.md#one-idea-normalization-lives-in-the-weights",
     )
 
 
-def _linear_growth(report: SignalRecords) -> str | None:
+def _against_the_prediction(report: SignalRecords) -> Verdict | None:
+    """Say where the variance departs from what follows from weights and structure, or that it does not."""
+    known = [r for r in report if r.predicted_variance is not None and r.variance > 0]
+    stopped = f"; the prediction ends at {report.unpredicted[0]}" if report.unpredicted else ""
+    if not known:
+        return Verdict(f"nothing is predicted{stopped}") if stopped else None
+    ratios = {r.name: r.variance / max(r.predicted_variance or 0.0, 1e-300) for r in known}
+    first = next((r for r in known if not 1 / DEPARTED < ratios[r.name] < DEPARTED), None)
+    if first is None:
+        most = max(abs(ratio - 1) for ratio in ratios.values())
+        at = f"within {most:.0%} at {len(known)} records"
+        return Verdict(f"variance is what follows from weights and structure, {at}{stopped}")
+    ratio = ratios[first.name]
+    cause = (
+        "pooling of what is correlated over positions"
+        if first.shortcut == "pooling"
+        else "weights, or inputs, are not as random as it assumes"
+    )
+    return Verdict(
+        f"variance departs from its prediction first at {first.name}, by {max(ratio, 1 / ratio):.1f} times "
+        f"({_number(first.variance)}, predicted {_number(first.predicted_variance or 0.0)}): {cause}{stopped}",
+        "measure white noise (`inputs=None`) with new weights: what then still departs is the structure of that block; "
+        "what does not is what was learned, or what the images have in common",
+        "signal.md#before-it-runs",
+    )
+
+
+def _linear_growth(report: SignalRecords) -> Verdict | None:
     """Growth by a constant amount per block that starts anew with each stage: what BatchNorm does to a ResNet."""
     steps, resets, last = [], [], None
     for _, group in groupby(report, key=lambda r: r.stage):
@@ -146,9 +221,10 @@ def _linear_growth(report: SignalRecords) -> str | None:
     step = statistics.fmean(steps)
     if statistics.pstdev(steps) > 0.25 * step:
         return None
-    return (
+    return Verdict(
         f"variance grows linearly within a stage, by {_number(step)} per block, and is reset at {', '.join(resets)}: "
-        f"{report.normalizers[0]} bounds each branch, so the shortcut weighs more with depth"
+        f"{report.normalizers[0]} bounds each branch, so the shortcut weighs more with depth",
+        *_bounded(report),
     )
 
 

@@ -53,6 +53,11 @@ _TORCHVISION = (
 NETWORKS = (*(f"timm:{name}" for name in _TIMM), *(f"torchvision:{name}" for name in _TORCHVISION))
 
 
+def image_size(network: str) -> int:
+    """Return the height and width of the images that a network is measured on."""
+    return _SIZES.get(network, _SIZE)
+
+
 @dataclass(frozen=True)
 class Row:
     """One network on one kind of images."""
@@ -94,7 +99,7 @@ def measure(network: str, kind: str, seed: int = 0) -> Row:
     """Convert a network on "noise" or "photographs" and look at its signal."""
     torch.manual_seed(seed)
     model = model_factory(network)()
-    shape = (3, *[_SIZES.get(network, _SIZE)] * 2)
+    shape = (3, *[image_size(network)] * 2)
     images = torch.randn(_BATCH, *shape) if kind == "noise" else photographs(shape, _BATCH)
     conversion = convert(model, images, alpha=ALPHA)
     return _row(network, conversion, _finite(conversion.model, images))

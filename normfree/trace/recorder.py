@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from normfree.trace.operations import (
     written_by,
 )
 from normfree.trace.progress import reached
-from normfree.trace.tape import Node, Operand, Tape
+from normfree.trace.tape import Node, Operand, Operation, Tape
 from normfree.trace.weights import Weights
 
 _MASKS = (torch.bool, torch.uint8)
@@ -50,20 +50,20 @@ def recording(
     on_gradient: Callable[[int, Tensor], None] | None = None,
     on_module: Callable[[str, int | None, Tensor], None] | None = None,
     on_value: Callable[[int, Tensor], None] | None = None,
+    on_operation: Callable[[Operation], None] | None = None,
 ) -> Iterator[Callable[[Iterable[Tensor]], None]]:
     """Record on `tape` what happens inside; `inputs` are the tensors it starts from.
 
     Gives a function that is to be called with the outputs, while they and nothing else of the run are held.
 
     Additions of activations are reduced to statistics, terms and result, the moment they happen; with
-    `reduce_weight_layers` the outputs of weight layers too. `on_gradient` is called with a node and its gradient, in a
-    later backward pass, for everything that was reduced; `on_module` with a module's path, its output, where that is a
-    tensor, and before it the node of that, or None. `on_value` gets a node
-    and its tensor when that is reduced. With `count_zeros` zeros are counted behind rectifiers.
+    `reduce_weight_layers` the outputs of weight layers too. Of everything that was reduced `on_value` gets the node and
+    the tensor, `on_gradient` the node and its gradient, in a later backward pass. `on_module` gets a module's path, its
+    output, where that is a tensor, and before it the node of that, or None; `on_operation` each operation that takes an
+    activation, once it is done. With `count_zeros` zeros are counted behind rectifiers.
     """
     recorder = _Recorder(tape, model, inputs, reduce_weight_layers, on_gradient)
-    recorder.on_module = on_module
-    recorder.on_value = on_value
+    recorder.on_module, recorder.on_value, recorder.on_operation = on_module, on_value, on_operation
     recorder.count_zeros = count_zeros
     with recorder.module_hooks(), recorder:
         yield recorder.note_outputs
@@ -85,6 +85,7 @@ class _Recorder(_torch.TorchDispatchMode):
         self.on_gradient = on_gradient
         self.on_module: Callable[[str, int | None, Tensor], None] | None = None
         self.on_value: Callable[[int, Tensor], None] | None = None
+        self.on_operation: Callable[[Operation], None] | None = None
         self.count_zeros = False
         self.names = {id(module): name for name, module in model.named_modules()}
         # Their gates add activations at every time step; none of that is a residual stream.
@@ -162,11 +163,13 @@ class _Recorder(_torch.TorchDispatchMode):
         taken = [*tensors_in(args), *tensors_in(kwargs.values())]
         parents = self.lineage.nodes(taken)
         recurrent = bool(self.stack) and self.stack[-1] in self.recurrent
-        return taken, parents, self._terms(op, args, kwargs) if parents and not recurrent else ()
+        terms = self._terms(op, args, kwargs) if parents and not recurrent else ()
+        inputs = {} if self.on_operation is None else {id(t): n[-1] for t in taken if (n := self.lineage.nodes([t]))}
+        return taken, parents, terms, inputs
 
     def _record(
         self, func: Any, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any,
-        taken: list[Tensor], parents: tuple[int, ...], terms: tuple[Operand, ...],
+        taken: list[Tensor], parents: tuple[int, ...], terms: tuple[Operand, ...], inputs: Mapping[int, int],
     ) -> None:  # fmt: skip
         if not parents:
             made = list(tensors_in((out,)))
@@ -181,12 +184,16 @@ class _Recorder(_torch.TorchDispatchMode):
         weight_layer = self.weights.are_in(func, op, args, out, module)
         counts_zeros = self.count_zeros and is_rectifier(op, args, kwargs)
         in_place = {id(tensor) for tensor in written}
+        outputs: list[tuple[Tensor, Node]] = []
         for tensor in [*(t for t in tensors_in((out,)) if id(t) not in in_place), *written]:
             node = self._node_for(op, args, tensor, parents, terms, weight_layer)
             if id(tensor) in in_place:
                 self.lineage.writes[_torch.storage_key(tensor)] = node.index
             if counts_zeros and has_statistics(tensor):
                 node.zeros = channel_zeros(tensor, node.channel_axis)
+            outputs.append((tensor, node))
+        if self.on_operation is not None:
+            self.on_operation(Operation(func, op, args, kwargs, inputs, outputs))
 
     def _add_node(self, op: str, tensor: Tensor, parents: tuple[int, ...], **attributes: Any) -> Node:
         module = self.stack[-1] if self.stack else ""

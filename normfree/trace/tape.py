@@ -1,6 +1,8 @@
 """The tape: dataflow graph and streamed statistics of one eager run of any model."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -46,3 +48,15 @@ class Tape:
     outputs: list[int | None] = field(default_factory=list)  # nodes of the tensors that the model returned
     parameters: set[str] = field(default_factory=set)  # those that operations on activations have taken
     held: set[int] = field(default_factory=set)  # nodes whose tensors outlive the run: returned, or put somewhere
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation that takes an activation, and has just been done."""
+
+    func: Any
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: Mapping[int, int]  # id of an argument -> the node that it was before the operation
+    outputs: Sequence[tuple[Tensor, Node]]

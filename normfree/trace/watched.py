@@ -13,7 +13,7 @@ from normfree.errors import SignalError
 from normfree.trace.inputs import map_tensors, tensors
 from normfree.trace.preparation import measuring
 from normfree.trace.recorder import recording
-from normfree.trace.tape import Tape
+from normfree.trace.tape import Operation, Tape
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +31,7 @@ def run_watched(
     on_gradient: Callable[[int, Tensor], None] | None = None,
     on_module: Callable[[str, int | None, Tensor], None] | None = None,
     on_value: Callable[[int, Tensor], None] | None = None,
+    on_operation: Callable[[Operation], None] | None = None,
 ) -> list[Tensor]:
     """Run the model on copies of the inputs, in eval mode, recorded on `tape`; return its output's tensors.
 
@@ -54,6 +55,7 @@ def run_watched(
                         reduce_weight_layers=reduce_weight_layers,
                         on_module=on_module,
                         on_value=on_value,
+                        on_operation=on_operation,
                     ) as note_outputs:
                         out = model(*args, **kwargs)
                         note_outputs(tensors(out))
