@@ -49,6 +49,7 @@ oldest: .venv/installed
 # Print what a measurement costs, in time and memory.
 bench: .venv/installed
 	$(BIN)/python -m normfree.benchmarks.measurement_cost
+	$(BIN)/python -m normfree.benchmarks.page_time
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("normfree needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'

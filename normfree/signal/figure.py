@@ -1,7 +1,5 @@
 """Signal propagation plots, and the page around them."""
 
-import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +8,8 @@ from typing import Any
 from normfree.arguments import checked
 from normfree.files.whole import write_whole
 from normfree.plotting import COLORS, altair, render, write_chart
-from normfree.signal import table
 from normfree.signal.formats import to_csv, to_json, to_markdown
+from normfree.signal.page import render_page, sections
 from normfree.signal.record import STATISTICS, SignalRecords
 
 # A row of panels each: of the signal, of its gradient.
@@ -72,9 +70,10 @@ class SignalFigure:
         color = alt.Color("model:N", title="model" if titled else "model (click to hide or show)", sort=names).scale(
             domain=names, range=[COLORS[i % len(COLORS)] for i in range(len(names))]
         )
+        numbers = {(label, name): index for index, (name, label, _) in enumerate(self._named_reports())}
         lines: list[Any] = []
         for label, row in rows.items():
-            data = [point for name, report in row for point in _points(name, report)]
+            data = [point for name, report in row for point in _points(name, report, numbers[label, name])]
             for panels in _ROWS:
                 charts = [_panel(alt, data, statistic, text, color) for statistic, text in panels.items()]
                 charts = [chart for chart in charts if chart is not None]
@@ -114,10 +113,12 @@ class SignalFigure:
         words = []
         if any(report.seeds > 1 for report in reports):
             words.append("Lines: mean over the seeds; bands: from the lowest to the highest.")
-        if any(record.expected_variance for report in reports for record in report):
-            words.append("Dashed: the variance that the network expects of itself.")
+        expected = any(record.expected_variance for report in reports for record in report)
+        dashed = ["the variance that the network expects of itself"] if expected else []
         if any(report.predicted for report in reports):
-            words.append("Dashed: what follows from weights and structure.")
+            dashed.append("what follows from weights and structure")
+        if dashed:
+            words.append(f"Dashed: {', else '.join(dashed)}.")
         return " ".join(words)
 
     def save(self, path: str | Path) -> Path:
@@ -145,24 +146,14 @@ class SignalFigure:
     def to_html(self) -> str:
         """The page: interactive chart, verdicts, and a table per report."""
         title = self.title or "Signal propagation"
-        # "<" cannot appear in the JSON, so no module's name can end the script element.
-        spec = json.dumps(self.to_vega_lite()).replace("<", "\\u003c")
-        return _PAGE.format(
-            title=html.escape(title),
-            caption=self._caption(),
-            sections=self._sections(),
-            spec=spec,
-            bundle=render("javascript_bundle"),
-        )
+        return render_page(title, self._caption(), self.to_vega_lite(), self._named_reports())
 
     def _repr_html_(self) -> str:
-        return render("vegalite_to_svg", vl_spec=self.to_vega_lite(titled=True)) + self._sections()
+        chart = render("vegalite_to_svg", vl_spec=self.to_vega_lite(titled=True))
+        return f"{chart}{sections(self._named_reports())}"
 
-    def _sections(self) -> str:
-        """Verdicts and a table per report, as HTML."""
-        return "".join(
-            _section(name, label, report) for label, row in self.rows.items() for name, report in _named(row)
-        )
+    def _named_reports(self) -> list[tuple[str, str, SignalRecords]]:
+        return [(name, label, report) for label, row in self.rows.items() for name, report in _named(row)]
 
 
 def _named(reports: Sequence[SignalRecords]) -> list[tuple[str, SignalRecords]]:
@@ -176,8 +167,8 @@ def _named(reports: Sequence[SignalRecords]) -> list[tuple[str, SignalRecords]]:
     return list(named.items())
 
 
-def _points(name: str, report: SignalRecords) -> list[dict[str, Any]]:
-    """Make one row of data per record and statistic.
+def _points(name: str, report: SignalRecords, number: int) -> list[dict[str, Any]]:
+    """Make one row of data per record and statistic, of the report of this number on the page.
 
     Values that a logarithmic axis cannot show are left out: not finite, zero, and the rounding that stands for zero
     where a normalizer has just centered the channels.
@@ -192,6 +183,7 @@ def _points(name: str, report: SignalRecords) -> list[dict[str, Any]]:
             points.append(
                 {
                     "model": name,
+                    "report": number,
                     "statistic": statistic,
                     "block": position,
                     "module": record.name,
@@ -251,52 +243,3 @@ def _ticks(values: Sequence[float]) -> list[float]:
     factors = (1, 2, 5) if high - low <= 2 else (1,)
     step = max(1, (high - low) // 8)
     return [factor * 10.0**exponent for exponent in range(low - 1, high + 2, step) for factor in factors]
-
-
-def _section(name: str, label: str, report: SignalRecords) -> str:
-    heading = html.escape(f"{name}, {label}" if label else name)
-    verdicts = "".join(f"<li>{html.escape(line)}</li>" for line in table.footer(report))
-    columns, rows = table.cells(report)
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f"<section><h2>{heading}</h2><ul>{verdicts}</ul><details><summary>{html.escape(table.title(report))}</summary>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details></section>"
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; padding: 0 1rem; color: #222; }}
-h1 {{ font-size: 1.5rem; }}
-h2 {{ font-size: 1.05rem; margin: 1.5rem 0 0; }}
-ul {{ margin: .3rem 0; padding-left: 1.2rem; }}
-#chart {{ overflow-x: auto; }}
-summary {{ cursor: pointer; color: #555; }}
-table {{ border-collapse: collapse; font-size: 13px; margin: .5rem 0; }}
-th, td {{ padding: 2px 10px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
-th:nth-child(-n+3), td:nth-child(-n+3) {{ text-align: left; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>{caption}</p>
-<div id="chart"></div>
-{sections}
-<script id="spec" type="application/json">{spec}</script>
-<script type="module">
-{bundle}
-const spec = JSON.parse(document.getElementById("spec").textContent);
-const actions = {{ export: true, source: false, compiled: false, editor: false }};
-await vegaEmbed("#chart", spec, {{ mode: "vega-lite", actions }});
-document.body.dataset.drawn = "true";
-</script>
-</body>
-</html>
-"""

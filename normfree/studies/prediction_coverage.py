@@ -75,8 +75,8 @@ def to_markdown(rows: Sequence[Predicted]) -> str:
     lines = [
         f"# What is predicted of {len(rows)} networks",
         "",
-        "Written by `python -m normfree.studies.prediction_coverage --out docs/predictions.md`; a test measures some of "
-        "them again.",
+        "Written by `python -m normfree.studies.prediction_coverage --out docs/predictions.md`; a test measures some "
+        "of them again.",
         "",
         f"Networks of timm and torchvision with random weights, as they come, on {BATCH} images of white noise (96 "
         "pixels, 224 where a network needs it). The variance at every residual join, or at every weight layer of "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from normfree import characterize, compare, create_model
+from normfree.benchmarks.page_time import report_of
 
 pytest.importorskip("playwright")
 from playwright.sync_api import sync_playwright
@@ -83,8 +84,9 @@ def test_points_name_their_module_on_hover(page):
 
 def test_names_are_shown_as_text(page):
     assert page.title() == "A <title>"
-    page.locator("summary").first.click()
-    assert HOSTILE in page.locator("table").first.text_content()
+    page.locator("body > section summary").first.click()
+    assert HOSTILE in page.locator("body > section table").first.text_content()
+    assert HOSTILE in page.locator("#tree button").first.text_content()
 
 
 def test_panels_stand_side_by_side_inside_the_page(page):
@@ -103,3 +105,56 @@ def test_panels_stand_side_by_side_inside_the_page(page):
         for b in panels[i + 1 :]:
             apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
             assert apart, f"panels {a} and {b} overlap"
+
+
+def shown(page):
+    rows = page.locator("#details tr").all()
+    return dict(row.locator("td").all_text_contents() for row in rows)
+
+
+def test_a_click_on_a_block_or_on_a_point_shows_its_numbers(page):
+    page.locator("#tree button", has_text="stages.2.0").nth(1).click()
+    found = shown(page)
+    assert found["module"] == "stages.2.0"
+    assert found["shortcut"] == "projection"
+    assert float(found["expected variance"]) == pytest.approx(1.04)
+    assert page.locator("#tree button[aria-current=true]").count() == 1
+    points = page.locator("#chart svg g.mark-symbol.role-mark path")
+    points.nth(3).click(force=True)
+    assert shown(page)["block"] == "4"
+    assert page.locator("#tree button[aria-current=true]").text_content().startswith(shown(page)["module"])
+
+
+def test_arrows_walk_through_the_blocks(page):
+    page.locator("#tree button").first.focus()
+    page.keyboard.press("Enter")
+    assert shown(page)["block"] == "1"
+    for _ in range(2):
+        page.keyboard.press("ArrowDown")
+    assert shown(page)["block"] == "3"
+    page.keyboard.press("ArrowUp")
+    assert shown(page)["block"] == "2"
+
+
+def test_printing_opens_the_tables_and_leaves_the_tree_out(page):
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("body > section > details:not([open])").count() == 0
+    page.emulate_media(media="print")
+    assert not page.locator("#tree").is_visible()
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+
+
+@pytest.mark.parametrize("joins", [1, 50, 600])
+def test_pages_of_few_and_of_many_joins_are_drawn(page, tmp_path, joins):
+    path = report_of(joins).save(tmp_path / "page.html")
+    other = page.context.browser.new_page()
+    other.goto(path.as_uri())
+    other.wait_for_selector("body[data-drawn=true]")
+    assert other.locator("#tree button").count() == joins
+    other.locator("#tree button").last.evaluate("button => button.click()")
+    found = shown(other)
+    assert found["module"] == f"blocks.{joins - 1}"
+    assert "predicted variance" in found
+    assert other.locator("#tree summary").count() == max(1, joins // 100)
+    other.close()
