@@ -33,7 +33,7 @@ from normfree.studies.study import Cell, Entry, Rates, Study
 from normfree.studies.trainings import fingerprint
 
 TEMPLATES = Path("/usr/share/mricron/templates")
-CLASSES = 55  # 0 is what is no region
+CLASSES = 56  # 0 is what is no region, 1 to 54 are regions; 55 is none: GroupNorm's eight groups divide the outputs
 SLAB = slice(50, 66)  # coronal planes of the left half that validate
 BATCHES = (1, 2)
 _VERMIS = 108  # labels above it
