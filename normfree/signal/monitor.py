@@ -66,7 +66,8 @@ class SignalMonitor:
         rows: One dictionary for each measured step and place, with the columns of the .csv file that are known there.
 
     Raises:
-        ValueError: For `every` below 1, statistics that are not known or need an optimizer, and a compiled model.
+        ValueError: For `every` below 1, statistics that are not known or need an optimizer, an optimizer of another
+            model, and a compiled model.
         TrainingError: Where it is entered and `path` is another file or cannot be written.
     """
 
@@ -94,6 +95,8 @@ class SignalMonitor:
         self.rows: list[dict[str, Any]] = []
         self.table = None if path is None else Table(Path(path), COLUMNS)
         self._patterns = [names] if isinstance(names, str) else list(names)
+        if not self._patterns:
+            raise ValueError('names is empty: give a pattern, such as "layer3.*"')
         optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         self._updates = (
             UpdateReader(model, optimizers, self.statistics, self._is_kept)

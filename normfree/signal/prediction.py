@@ -78,8 +78,10 @@ def _predict(
         nodes = [node for node in tape.nodes if node.weight_layer and node.statistics is not None]
     else:
         nodes = [tape.nodes[join.node] for join in find_joins(tape)]
+    if not any(starts):
+        follower.unpredicted["inputs that are not real numbers"] = None
     values = [follower.statistics.get(node.index) for node in nodes]
-    return Prediction(tuple(values), tuple(follower.assumptions), tuple(follower.stopped))
+    return Prediction(tuple(values), tuple(follower.assumptions), tuple(follower.unpredicted))
 
 
 def _of_input(x: Tensor, shape: Sequence[int]) -> Moments | None:
@@ -120,7 +122,7 @@ class _Follower:
         self.count = count
         self.statistics: dict[int, tuple[float, float]] = {}
         self.assumptions: dict[str, None] = {}
-        self.stopped: dict[str, None] = {}
+        self.unpredicted: dict[str, None] = {}
 
     def follow(self, operation: Operation) -> None:
         """Push the moments of an operation's inputs to its outputs."""
@@ -141,7 +143,7 @@ class _Follower:
             if node.statistics is not None:
                 self.statistics[node.index] = _statistics(m, node, self.count)
         if operation.outputs and operation.outputs[0][1].index not in self.moments:
-            self.stopped.setdefault(f"{operation.op} in {operation.outputs[0][1].module or 'the network'}")
+            self.unpredicted.setdefault(f"{operation.op} in {operation.outputs[0][1].module or 'the network'}")
         elif rule is not None:
             self.assumptions.update(dict.fromkeys(rule[1]))
 

@@ -20,6 +20,9 @@ class UpdateReader:
         self.model = model
         self.optimizers = [_innermost(optimizer) for optimizer in optimizers]
         self.wanted = wanted
+        strangers = [o for o in self.optimizers if not self._parameters_of(o, lambda name: True)]
+        if strangers:
+            raise ValueError(f"the optimizer ({type(strangers[0]).__name__}) holds no parameter of this model")
         self.reads_updates = "update_ratio" in statistics
         self.reads_gradients = "gradient_rms" in statistics
         self.due = False  # whether the next step of each optimizer is read
@@ -59,7 +62,7 @@ class UpdateReader:
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         if not self.due or id(optimizer) in self._stepped:
             return
-        for name, parameter in self._parameters_of(optimizer):
+        for name, parameter in self._parameters_of(optimizer, self.wanted):
             if self.reads_gradients and parameter.grad is not None:
                 self._found.setdefault(name, {})["gradient_rms"] = _rms(parameter.grad)
             if self.reads_updates:
@@ -69,20 +72,22 @@ class UpdateReader:
         if not self.due or id(optimizer) in self._stepped:
             return
         self._stepped.add(id(optimizer))
-        for name, parameter in self._parameters_of(optimizer) if self.reads_updates else ():
-            before = self._before.pop(name)
+        for name, parameter in self._parameters_of(optimizer, self.wanted) if self.reads_updates else ():
+            before = self._before.pop(name, None)
+            if before is None:
+                continue  # a forward pass within the step, as of L-BFGS, has begun the measurement
             size = _rms(before)
             moved = _rms(_local(parameter) - before)
             # What starts at zero, as biases do, has no size that its step could be compared with.
             if bool(size > 0):
                 self._found.setdefault(name, {})["update_ratio"] = moved / size
 
-    def _parameters_of(self, optimizer: Any) -> list[tuple[str, nn.Parameter]]:
+    def _parameters_of(self, optimizer: Any, wanted: Callable[[str], bool]) -> list[tuple[str, nn.Parameter]]:
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [
             (name, parameter)
             for name, parameter in self.model.named_parameters()
-            if id(parameter) in known and parameter.numel() and self.wanted(name)
+            if id(parameter) in known and parameter.numel() and wanted(name)
         ]
 
 

@@ -148,12 +148,37 @@ def test_a_step_of_several_passes_is_read_when_it_is_taken():
         ({"statistics": ["update_ratio"]}, ValueError, "need the optimizer"),
         ({"statistics": "all", "optimizer": nn.Linear(2, 2)}, TypeError, "optimizer is a Linear"),
         ({"names": 3}, TypeError, "names is 3"),
+        ({"names": []}, ValueError, "names is empty"),
+        (
+            {"statistics": "all", "optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)},
+            ValueError,
+            "no parameter of this model",
+        ),
     ],
     ids=str,
 )
 def test_what_cannot_be_measured_is_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         SignalMonitor(nn.Linear(2, 2), **arguments)
+
+
+def test_an_optimizer_that_calls_the_model_is_not_disturbed():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    first = closure().item()
+    with SignalMonitor(model, every=1, statistics="all", optimizer=optimizer) as monitor:
+        for _ in range(3):
+            optimizer.step(closure)
+    assert closure().item() < first
+    assert {row["name"] for row in monitor.rows} == {"Linear"}
 
 
 # ---- verdicts
