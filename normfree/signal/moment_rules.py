@@ -33,10 +33,10 @@ _VIEWS = (
     "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
     "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "flip", "roll", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_nearest3d", "reflection_pad2d", "replication_pad2d", "unfold", "diagonal", "squeeze_", "unsqueeze_",
-    "repeat", "flatten",
+    "upsample_nearest3d", "reflection_pad2d", "replication_pad2d", "unfold", "diagonal", "repeat",
+    "flatten",
 )  # fmt: skip
-_SAME = ("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh", "dropout", "native_dropout", "to")
+_SAME = ("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh", "to")
 _POINTWISE = (
     "hardtanh", "clamp", "clamp_min", "clamp_max", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh",
     "leaky_relu", "elu", "softplus", "mish", "exp", "sqrt", "rsqrt", "abs", "square", "erf", "pow", "threshold",
@@ -67,6 +67,12 @@ def _view(func: Any, arguments: Arguments) -> Any:
 def _same(func: Any, arguments: Arguments) -> Moments:
     moments: Moments = _first(arguments)[1]
     return moments
+
+
+def _dropout(func: Any, arguments: Arguments) -> Moments:
+    if arguments.get("train"):
+        raise NotImplementedError
+    return _same(func, arguments)
 
 
 def _pointwise(func: Any, arguments: Arguments) -> Moments:
@@ -267,6 +273,7 @@ def _table() -> dict[str, tuple[Rule, tuple[str, ...]]]:
     for names, rule, *assumptions in (
         (_VIEWS, _view),
         (_SAME, _same),
+        (("dropout", "native_dropout"), _dropout),
         (_POINTWISE, _pointwise, NORMAL),
         (("relu",), _relu, NORMAL),
         (("_prelu_kernel",), _prelu, NORMAL),

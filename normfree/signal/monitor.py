@@ -18,6 +18,7 @@ from normfree.signal.monitor_figure import draw_signal
 from normfree.signal.monitor_rows import COLUMNS, parsed_row, signal_rows, to_frame
 from normfree.signal.reader import Reader
 from normfree.signal.record import STATISTICS, TRAINING_STATISTICS
+from normfree.signal.remedies import Verdict
 from normfree.signal.training_verdicts import find_training_verdicts, first_training_problem
 from normfree.signal.updates import UpdateReader
 from normfree.trace.inputs import tensors
@@ -224,8 +225,11 @@ class SignalMonitor:
     # ---- what was found
 
     @property
-    def verdicts(self) -> list[str]:
-        """Sentences on the training so far: what goes wrong, where and from which step on; none where nothing does."""
+    def verdicts(self) -> list[Verdict]:
+        """Sentences on the training so far: what goes wrong, where and from which step on; none where nothing does.
+
+        Each is a string with its `remedy` and the `page` that explains it.
+        """
         self.collect()
         return find_training_verdicts(self.rows)
 

@@ -153,7 +153,10 @@ class _Follower:
         def moments_of(value: Any) -> Any:
             if isinstance(value, Tensor):
                 if id(value) in operation.inputs:
-                    return self.moments[operation.inputs[id(value)]]
+                    m = self.moments[operation.inputs[id(value)]]
+                    if m.shape != value.shape:
+                        raise NotImplementedError  # a part of it was written through a view
+                    return m
                 return value.to(_precision(value)) if value.is_floating_point() else value
             return [moments_of(item) for item in value] if isinstance(value, list | tuple) else value
 

@@ -51,12 +51,15 @@ class SweepReport:
         over: Names of the arguments, and the values of each; slopes are those over the first.
         steps: Steps between the two measurements.
         networks: One triple for each network: its arguments, its seed, and its places.
+        of_network: Whether the first argument is one of the network, over which a learning rate may transfer, and not
+            of the data or the optimizer alone.
     """
 
     model: str
     over: Mapping[str, Sequence[Any]]
     steps: int
     networks: Sequence[tuple[Mapping[str, Any], int, Sequence[Place]]]
+    of_network: bool = True
 
     @property
     def argument(self) -> str:
@@ -132,12 +135,14 @@ class SweepReport:
         steepest = max(slopes, key=lambda slope: abs(slope.exponent))
         if abs(steepest.exponent) <= STEEP:
             low, high = min(s.exponent for s in slopes), max(s.exponent for s in slopes)
-            end = ": the learning rate transfers" if quantity == "change" else ""
+            end = ": the learning rate transfers" if quantity == "change" and self.of_network else ""
             return Verdict(f"{what} does not depend on {argument}: exponents {low:.2f} to {high:.2f}{end}")
         steep = sum(abs(slope.exponent) > STEEP for slope in slopes)
         verb = "grows" if steepest.exponent > 0 else "shrinks"
         words = f"{what} of {steepest.name} {verb} as {argument}^{steepest.exponent:.2f}"
         words += f", the steepest of {steep} of {len(slopes)} places" if steep > 1 else ""
+        if not self.of_network:
+            return Verdict(words)
         if quantity == "change":
             return Verdict(
                 f"{words}: the learning rate does not transfer",

@@ -79,7 +79,7 @@ def sweep(
         raise ValueError(f"steps is {steps}, seeds {seeds}, processes {processes}; they must be at least 0, 1 and 0")
     values = _values(over)
     experiment = Experiment(factory, data, optimizer, loss, steps)
-    arguments_of(experiment, list(values))
+    taken = arguments_of(experiment, list(values))
     table = None if path is None else _Rows(Path(path), experiment, list(values))
     found = {} if table is None else table.read()
     wanted = [(point, seed) for point in points_of(values) for seed in range(seeds)]
@@ -88,7 +88,8 @@ def sweep(
         found[_key(point, seed)] = places
         if table is not None:
             table.add(point, seed, places)
-    return SweepReport(_name(factory), values, steps, [(p, s, found[_key(p, s)]) for p, s in wanted])
+    networks = [(point, seed, found[_key(point, seed)]) for point, seed in wanted]
+    return SweepReport(_name(factory), values, steps, networks, next(iter(values)) in taken["factory"])
 
 
 def _values(over: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -16,13 +16,13 @@ UPDATE_SPREAD = 30.0
 
 _Row = Mapping[str, Any]
 _CLIP = (
-    "a lower learning rate, a longer warmup, or adaptive gradient clipping (`clip_adaptive=0.01`, "
-    "`normfree.training.clip_adaptive`) keeps steps in proportion to their weights"
+    "a lower learning rate, a longer warmup, or adaptive gradient clipping (`clip_adaptive=0.01` in recipes, "
+    "`timm.utils.adaptive_clip_grad` in other loops) keeps steps in proportion to their weights"
 )
 _PAGE = "training.md#what-goes-wrong-in-a-training"
 
 
-def find_training_verdicts(rows: Sequence[_Row]) -> list[str]:
+def find_training_verdicts(rows: Sequence[_Row]) -> list[Verdict]:
     """Return sentences on the rows of a `SignalMonitor`; see `SignalMonitor.verdicts`."""
     not_finite = _not_finite(rows)
     if not_finite is not None:

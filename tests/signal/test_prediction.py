@@ -132,6 +132,24 @@ class Attention(nn.Module):
         return x + self.inner(x.softmax(1))
 
 
+class PartlyWritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        x[:, :4].relu_()
+        return self.last(x)
+
+
+def test_what_is_written_in_part_is_not_predicted_wrongly():
+    report, ratios = departures(PartlyWritten())
+    assert ratios[0] == pytest.approx(1, abs=0.1)
+    assert report.predicted[1] is None
+    assert report.unpredicted == ("convolution in last",)
+
+
 def test_where_there_is_no_rule_it_ends_and_says_so():
     report, ratios = departures(Attention())
     assert ratios[0] == pytest.approx(1, abs=0.5)

@@ -99,7 +99,7 @@ def test_variance_of_the_papers_resnets_is_the_ledgers_at_every_depth():
     assert len(report.verdicts) == 1  # no steps, no changes
 
 
-def convnet(width, batch=3):
+def convnet(width):
     return nn.Sequential(
         nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, 2)
     )
@@ -142,6 +142,12 @@ def test_arguments_go_to_whatever_names_them():
     ]  # fmt: skip
     assert {slope.name for slope in report.slopes} == {"0", "4"}
     assert str(report).count("\n") >= 4
+    rates = normfree.sweep(
+        lambda: convnet(4), {"lr": [1e-4, 1e-3]}, data=images, seeds=1,
+        optimizer=lambda model, lr: torch.optim.Adam(model.parameters(), lr),
+    )  # fmt: skip
+    assert "grows as lr^" in rates.verdicts[1]
+    assert "transfer" not in str(rates)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -172,6 +178,27 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path, monkeypatch, processes):
     normfree.sweep(convnet, {"width": [4, 8]}, data=images, seeds=2, path=path)
     with pytest.raises(ValueError, match="no file of this sweep"):
         normfree.sweep(convnet, {"width": [4, 8]}, data=images, seeds=2, steps=3, path=path)
+
+
+class Transformer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.embedding = nn.Linear(6, width)
+        self.layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embedding(x)).mean(1))
+
+
+def test_transformers_are_swept_too():
+    report = normfree.sweep(
+        Transformer, {"width": [16, 64, 256]}, data=lambda model: (torch.randn(4, 5, 6), None), seeds=2
+    )
+    names = {(slope.kind, slope.name) for slope in report.slopes}
+    assert ("join", "layer") in names
+    assert {("weight layer", "embedding"), ("weight layer", "layer.linear2"), ("weight layer", "head")} <= names
+    assert "does not transfer" in report.verdicts[1]  # Adam at one rate, without µP
 
 
 def broken(width):
