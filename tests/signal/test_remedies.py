@@ -90,6 +90,12 @@ def deep(make, norm=None, depth=16):
     return lambda: network([Block(make(), norm=norm and norm(32)) for _ in range(depth)])
 
 
+def loud_norm(channels):
+    norm = nn.BatchNorm2d(channels)
+    nn.init.constant_(norm.weight, 4.0)
+    return norm
+
+
 def paper(name):
     return lambda: normfree.create_model(name, width=0.25)
 
@@ -99,7 +105,7 @@ def after_conversion(make):
 
 
 GROWING = deep(plain_conv)
-NORMALIZED = deep(plain_conv, nn.BatchNorm2d, depth=170)
+NORMALIZED = deep(plain_conv, loud_norm)
 CASES = {
     "explodes without normalizers": ("nothing normalizes", GROWING, deep(scaled_conv)),
     "drifts without normalizers": ("activations drift", GROWING, deep(scaled_conv)),

@@ -308,6 +308,16 @@ def test_tensorboard_and_wandb_get_every_number(tmp_path, monkeypatch):
         SignalMonitor(nn.Linear(2, 2)).on_record("print")
 
 
+@pytest.fixture
+def accelerate_as_it_was():
+    """Take back what a Trainer sets for its whole process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("accelerate_as_it_was")
 def test_transformers_trainer_is_watched_by_the_documents_callback(tmp_path):
     from transformers import Trainer, TrainingArguments
 
