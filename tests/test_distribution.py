@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 USER_PROGRAM = """
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ conv = normfree.ScaledWSConv2d(3, 8, kernel_size=3, padding="same", in_scale=nor
 model: nn.Module = normfree.create_model("nf_resnet50", num_classes=10)
 report: normfree.SignalReport = normfree.characterize(model, torch.randn(2, 3, 64, 64), seeds=1)
 largest: float = max(record.variance for record in report)
-verdicts: list[str] = report.verdicts
+verdicts: Sequence[str] = report.verdicts
+remedy: str = report.verdicts[0].remedy
 free: nn.Module = normfree.convert(model, torch.randn(2, 3, 64, 64), keep="weights").model
 weight: Tensor = conv.effective_parameters()[0]
 with SignalMonitor(model, every=10) as monitor:

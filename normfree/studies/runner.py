@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from normfree.errors import NotFiniteError, SingleValueError, WritingError
 from normfree.files.csv_tables import append_csv, read_csv
+from normfree.signal.record import STATISTICS
 from normfree.studies.learning_rates import chosen_rate, next_rate_and_seed
 from normfree.studies.peaks import measure_peak, peak_of_recipe
 from normfree.studies.results import write_results
@@ -224,7 +225,8 @@ def read_entries(study: Study, out: Path, seeds: int) -> list[Entry]:
 
 
 def _keep_signal(source: Path, target: Path, named: Mapping[str, object]) -> None:
-    """Append what a run's monitor measured to the study's file."""
-    columns, rows = read_csv(source)
+    """Append what a run's monitor measured of the signal, block by block, to the study's file."""
+    columns = ("step", "depth", "name", "stage", *STATISTICS)
+    rows = [row for row in read_csv(source)[1] if row["kind"] in ("join", "weight layer")]
     if rows:
-        append_csv(target, [*named, *columns], [{**named, **row} for row in rows])
+        append_csv(target, [*named, *columns], [{**named, **{name: row[name] for name in columns}} for row in rows])
