@@ -208,4 +208,4 @@ def _shaped(mean: Tensor, variance: Tensor, values: list[Tensor], below: list[fl
         return mean + scale * torch.lerp(shape[right - 1], shape[right], share)
 
     law = Moments(mean, variance, torch.zeros_like(mean), torch.zeros_like(mean), torch.ones_like(mean), function)
-    return Moments(mean, variance, _integrated(law, lambda x: function(x)).third, law.mu, law.std, function)
+    return Moments(mean, variance, _integrated(law, function).third, law.mu, law.std, function)

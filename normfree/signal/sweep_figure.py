@@ -2,14 +2,16 @@
 
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from normfree.plotting import COLORS, altair
-from normfree.signal.sweep_point import QUANTITIES
+from normfree.signal.sweep_point import QUANTITIES, has_logarithm
 
 _NAMED = 8  # lines that a legend can name
+_WIDTH = 150  # characters of a line of the title
 
 
 def sweep_chart(report: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def sweep_chart(report: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for panel in [_panel(alt, report, rows, quantity, exponents)]
         if panel is not None
     ]
-    verdicts = [line for verdict in report.verdicts for line in _folded(verdict)]
+    verdicts = [line for verdict in report.verdicts for line in textwrap.wrap(verdict, _WIDTH)]
     chart = alt.hconcat(*panels, spacing=28).resolve_scale(color="independent")
     title = alt.Title(
         f"{report.model} over {report.argument}", subtitle=verdicts, anchor="start", fontSize=16, offset=12
@@ -59,7 +61,7 @@ def _panel(alt: Any, report: Any, rows: Sequence[dict[str, Any]], quantity: str,
         )  # fmt: skip
     if not values:
         return None
-    numeric = all(isinstance(value, int | float) and value > 0 for value in report.over[argument])
+    numeric = all(map(has_logarithm, report.over[argument]))
     x = (
         alt.X(f"{argument}:Q", axis=alt.Axis(values=list(report.over[argument]))).scale(
             type="log", nice=False, padding=12
@@ -84,14 +86,3 @@ def _panel(alt: Any, report: Any, rows: Sequence[dict[str, Any]], quantity: str,
         tooltip=["place:N", f"{argument}:N", alt.Tooltip("value:Q", format=".4g")],
     )  # fmt: skip
     return band + line
-
-
-def _folded(text: str, width: int = 150) -> list[str]:
-    """Break a sentence into lines of a title."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + len(word) >= width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {word}".strip()
-    return [*lines, line]

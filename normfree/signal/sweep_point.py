@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normfree.errors import SignalError
 from normfree.signal.reader import numbered_names
-from normfree.trace.inputs import as_call, noise, tensors
+from normfree.trace.inputs import as_call, noise
 from normfree.trace.joins import find_joins
 from normfree.trace.preparation import isolated_rng
 from normfree.trace.tape import Tape
@@ -135,8 +135,6 @@ def measure_point(experiment: Experiment, point: Mapping[str, Any], seed: int) -
 def _measured(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
     run = _Run()
     run_watched(model, run.tape, args, kwargs, reduce_weight_layers=True, on_value=run.keep)
-    if not tensors((args, kwargs)):
-        raise SignalError("there is no tensor among the inputs")
     return run
 
 
@@ -173,3 +171,8 @@ def _rms(x: Tensor) -> float:
 def points_of(over: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return every combination of the values, the last argument's changing fastest."""
     return [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
+
+
+def has_logarithm(value: Any) -> bool:
+    """Tell whether a value of an argument has a logarithm."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

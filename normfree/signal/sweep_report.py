@@ -15,7 +15,7 @@ from normfree.files.whole import write_whole
 from normfree.plotting import write_chart
 from normfree.signal.remedies import Verdict
 from normfree.signal.sweep_figure import sweep_chart
-from normfree.signal.sweep_point import QUANTITIES, Place
+from normfree.signal.sweep_point import QUANTITIES, Place, has_logarithm
 
 # Beyond this exponent a quantity is said to grow or to shrink.
 STEEP = 0.2
@@ -70,7 +70,7 @@ class SweepReport:
     def slopes(self) -> list[Slope]:
         """Slopes of every quantity at every place that all networks have; none for values without logarithm."""
         values = self.over[self.argument]
-        if len(values) < 2 or not all(_has_logarithm(value) for value in values):
+        if len(values) < 2 or not all(has_logarithm(value) for value in values):
             return []
         series: dict[tuple[str, str, str], dict[Any, list[tuple[float, float]]]] = {}
         for point, seed, kind, name, place in self._common_places():
@@ -219,7 +219,3 @@ class SweepReport:
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
         title = f"{self.model} over {self.argument}: exponents of {len(self.networks)} networks"
         return "\n".join([title, *(lines if exponents else []), *(f"· {verdict}" for verdict in self.verdicts)])
-
-
-def _has_logarithm(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
