@@ -79,6 +79,15 @@ def only_eager() -> bool:
         return False
 
 
+def nobody_sees_operations() -> bool:
+    """Tell whether operations just run, and no dispatch mode sees them. Without torch's names: never."""
+    try:
+        return only_eager() and not torch._C._len_torch_dispatch_stack()
+    except AttributeError:
+        _warn("torch._C._len_torch_dispatch_stack", "convolutions are computed the slower way")
+        return False
+
+
 def nobody_watches() -> bool:
     """Tell whether no dispatch mode sees operations, and no hook what is saved. Without torch's names: never."""
     try:

@@ -1,14 +1,16 @@
 """Convolutions with scaled standardized weights."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree import _torch
 from normfree.arguments import checked, require_positive
 from normfree.nn.matrix_form import prefers_matrix_form
 from normfree.nn.padding import SamePadding
+from normfree.nn.products import Window, convolve_as_product, patches_of, prefers_product
 from normfree.nn.scaled_layer import ScaledWS
 from normfree.nn.standardization import EPS
 from normfree.nn.symbolic import call_symbolically, is_symbolic
@@ -78,6 +80,27 @@ class _ScaledWSConv(ScaledWS, SamePadding):
             return out
         return self._with_effective_parameters(input, lambda weight, bias: self._conv_forward(input, weight, bias))
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return super()._conv_forward(input, weight, bias)
+        return self._convolve(input, weight, bias, self.padding)
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+        if (
+            self.groups == 1
+            and type(input) is Tensor
+            and input.is_cpu
+            and input.dtype is weight.dtype is torch.float32
+            and input.ndim == weight.ndim
+            and input.shape[1] == self.in_channels
+            and not torch.is_autocast_enabled("cpu")
+            and _torch.nobody_sees_operations()
+        ):
+            window = Window(self.kernel_size, self.stride, padding, self.dilation)
+            if prefers_product(input, window):
+                return convolve_as_product(input, weight, bias, window)
+        return super()._convolve(input, weight, bias, padding)
+
     def _convolve_patches(self, input: Tensor) -> Tensor | None:
         """Convolve in matrix form, (N, in_channels, …) to (N, out_channels, …); None where that is not faster."""
         if (
@@ -87,18 +110,11 @@ class _ScaledWSConv(ScaledWS, SamePadding):
         ):
             return None
         padded = self._padded(input)
-        axes = zip(padded.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
-        sizes = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in axes]
+        window = Window(self.kernel_size, self.stride, [0] * len(self.kernel_size), self.dilation)
+        sizes = window.sizes(padded)
         if min(sizes) < 1 or not prefers_matrix_form(self.weight, len(input) * math.prod(sizes)):
             return None
-        if max(self.kernel_size) == 1:
-            patches = padded
-            for axis, stride in enumerate(self.stride, start=2):
-                patches = patches[(slice(None),) * axis + (slice(None, None, stride),)]
-            patches = patches.flatten(2)
-        else:
-            patches = F.unfold(padded, self.kernel_size, self.dilation, 0, self.stride)
-        out = self._apply_to_patches(patches.transpose(1, 2).flatten(0, 1))
+        out = self._apply_to_patches(patches_of(padded, window).transpose(1, 2).flatten(0, 1))
         if out is None:
             return None
         return out.unflatten(0, (len(input), -1)).transpose(1, 2).unflatten(2, sizes).contiguous()

@@ -72,7 +72,7 @@ class SamePadding(nn.modules.conv._ConvNd):
                 return self._convolve(padded, weight, bias, [0] * spatial)
         return self._convolve(input, weight, bias, [t // 2 for t in totals])
 
-    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
         return convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from normfree import _torch
+from normfree.nn.group_layout import SMALL
 from normfree.nn.matrix_form import LARGE, apply_to_patches
 from normfree.nn.recompute import recomputing
 from normfree.nn.scales import Scales
 from normfree.nn.standardization import (
-    SMALL,
     Effective,
     Factors,
     computes_fast,

@@ -1,6 +1,5 @@
 """Scaled weight standardization: the formula, on the fastest torch kernel that gives it exactly."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 
 from normfree import _torch
 from normfree.nn.filter_kernels import StandardizedFilters, clamp_all
+from normfree.nn.group_layout import layout_of
 
 EPS = 1e-4
 """The clamp of the authors' code, on N · var(W)."""
-
-# Weights of fewer elements are standardized together, where their filters are of one shape, and always kept.
-SMALL = 2**15
 
 
 def standardize(weight: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
@@ -166,51 +163,32 @@ class _Computed:
     """W_eff and b_eff of several layers, and what their gradients need besides."""
 
     def __init__(self, group: Sequence[Factors]) -> None:
-        skip_gains = [factors.skip_gain for factors in group if factors.skip_gain is not None]
-        skips = iter(torch.cat(skip_gains).tolist() if skip_gains else ())
-        self.outs: list[float] = []  # what a bias is multiplied by
-        factor: list[float] = []  # what a gain is
-        self.multiplied: list[int] = []  # layers whose bias it changes
-        alike: dict[Any, list[int]] = {}  # small weights with filters of one shape: one kernel for all
-        for index, (weight, _, bias, skip_gain, in_scale, out, eps) in enumerate(group):
-            if skip_gain is not None:
-                out *= next(skips)
-            if bias is not None and (out != 1 or skip_gain is not None):
-                self.multiplied.append(index)
-            self.outs.append(out)
-            factor.append(in_scale * out / math.sqrt(weight.numel() / weight.shape[0]))
-            small = weight.numel() < SMALL and weight.is_contiguous()
-            alike.setdefault((weight.shape[1:], eps) if small else index, []).append(index)
-        self.members = list(alike.values())
-        order = list(itertools.chain.from_iterable(self.members))
-        self.sizes = {index: group[index].gain.shape[0] for index in order}
-        self.factors = _spread([factor[i] for i in order], tuple(self.sizes.values()), group[0].gain)
-        scales = (_joined([group[i].gain for i in order]) * self.factors).split_with_sizes(
-            [sum([self.sizes[i] for i in members]) for members in self.members]
-        )
+        layout = self.layout = layout_of(group)
+        skips: Any = [group[i].skip_gain for i in layout.skipping]
+        skip_gains = layout.joined_skip_gains(skips)
+        self.gains = _joined([group[i].gain for i in layout.order])
+        self.of_gains = layout.of_gains.times(skip_gains)
+        scales = (self.gains * self.of_gains).split_with_sizes(layout.filters)
         self.filters = [
             StandardizedFilters([group[i].weight for i in members], scale, group[members[0]].eps)
-            for members, scale in zip(self.members, scales, strict=True)
+            for members, scale in zip(layout.members, scales, strict=True)
         ]
         clamp_all(self.filters)
         self.weights: list[Any] = [None] * len(group)
         self.scales: list[Tensor | None] = [None] * len(group)
-        for members, filters in zip(self.members, self.filters, strict=True):
+        for members, filters in zip(layout.members, self.filters, strict=True):
             for index, weight in zip(members, filters.take_results(), strict=True):
                 self.weights[index] = weight
             if len(members) == 1:
                 self.scales[members[0]] = filters.scale
         self.biases = [factors.bias for factors in group]
-        for index, bias in self.multiply({i: self.biases[i] for i in self.multiplied}).items():
-            self.biases[index] = bias
-
-    def multiply(self, vectors: dict[int, Any]) -> dict[int, Tensor]:
-        """Multiply vectors of layers by what their biases are multiplied by."""
-        if not vectors:
-            return {}
-        sizes = tuple([vector.shape[0] for vector in vectors.values()])
-        each = _spread([self.outs[i] for i in vectors], sizes, next(iter(vectors.values())))
-        return dict(zip(vectors, (_joined(list(vectors.values())) * each).split_with_sizes(sizes), strict=True))
+        if layout.biased:
+            biases: Any = [group[i].bias for i in layout.biased]
+            self.joined_biases = _joined(biases)
+            self.of_biases = layout.of_biases.times(skip_gains)
+            products = layout.of_biases.split(self.joined_biases * self.of_biases)
+            for index, bias in zip(layout.biased, products, strict=True):
+                self.biases[index] = bias
 
 
 class _Effective(torch.autograd.Function):
@@ -226,7 +204,7 @@ class _Effective(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         results: list[Any] = [None] * (2 * len(group))
         results[::2] = done.weights
-        for index in done.multiplied:
+        for index in done.layout.biased:
             results[2 * index + 1] = done.biases[index]
         del done.weights, done.biases, done.scales
         mark_frozen(ctx, results, tensors)
@@ -245,9 +223,10 @@ class _Effective(torch.autograd.Function):
 def _gradients(
     group: Sequence[Factors], done: _Computed, grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
+    layout = done.layout
     found: list[Tensor | None] = [None] * len(wanted)
     of_scales = []
-    for members, filters in zip(done.members, done.filters, strict=True):
+    for members, filters in zip(layout.members, done.filters, strict=True):
         used = [i for i in members if grads[2 * i] is not None]
         of_weights = any(wanted[4 * i] for i in used)
         of_scale = any(wanted[4 * i + 1] or wanted[4 * i + 3] for i in used)
@@ -258,28 +237,43 @@ def _gradients(
             for i, grad in zip(members, grad_weights, strict=True):
                 found[4 * i] = grad
         of_scales.append(torch.zeros_like(filters.scale) if grad_scale is None else grad_scale)
-    flat, sizes = _joined(of_scales), list(done.sizes.values())
-    for i, grad in zip(done.sizes, (flat * done.factors).split_with_sizes(sizes), strict=True):
-        found[4 * i + 1] = grad
-    of_biases = {i: grad for i in done.multiplied if (grad := grads[2 * i + 1]) is not None}
-    for i, grad in done.multiply(of_biases).items():
-        found[4 * i + 2] = grad
-    if any(wanted[3::4]):
-        for i, part in zip(done.sizes, flat.split_with_sizes(sizes), strict=True):
-            if wanted[4 * i + 3] and (grads[2 * i] is not None or i in of_biases):
-                found[4 * i + 3] = _gradient_of_skip_gain(group[i], part, of_biases.get(i))
-    for i in range(len(group)):
-        if grads[2 * i] is None:  # not zeros: its parameters have no gradient
+    _add_gradients_of_vectors(found, group, done, _joined(of_scales), grads)
+    for i in range(len(group)):  # not zeros: what is not used has no gradient
+        of_weight, of_its_bias = grads[2 * i], grads[2 * i + 1]
+        if of_weight is None:
             found[4 * i] = found[4 * i + 1] = None
+        if of_its_bias is None:
+            found[4 * i + 2] = None
+            if of_weight is None:
+                found[4 * i + 3] = None
     return found
 
 
-def _gradient_of_skip_gain(factors: Factors, of_scale: Tensor, of_bias: Tensor | None) -> Tensor:
-    weight, gain, bias, _, in_scale, out_scale, _ = factors
-    total = torch.dot(of_scale, gain) * (in_scale / math.sqrt(weight.numel() / weight.shape[0]))
-    if of_bias is not None and bias is not None:
-        total = total + torch.dot(of_bias, bias)
-    return (total * out_scale).view(1)
+def _add_gradients_of_vectors(
+    found: list[Tensor | None],
+    group: Sequence[Factors],
+    done: _Computed,
+    of_scale: Tensor,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Add the gradients of gains, biases and skip gains, from that of the scales of all filters, joined."""
+    layout = done.layout
+    for i, grad in zip(layout.order, layout.of_gains.split(of_scale * done.of_gains), strict=True):
+        found[4 * i + 1] = grad
+    of_bias = None
+    if any(grads[2 * i + 1] is not None for i in layout.biased):
+        given = [torch.zeros_like(group[i].gain) if (g := grads[2 * i + 1]) is None else g for i in layout.biased]
+        of_bias = _joined(given)
+        for i, grad in zip(layout.biased, layout.of_biases.split(of_bias * done.of_biases), strict=True):
+            found[4 * i + 2] = grad
+    if layout.skipping:
+        of_skip_gains = of_scale.new_zeros(len(layout.skipping) + 1)
+        of_skip_gains.index_add_(0, layout.of_gains.owner, of_scale * done.gains * layout.of_gains.constant)
+        if of_bias is not None:
+            each = of_bias * done.joined_biases * layout.of_biases.constant
+            of_skip_gains.index_add_(0, layout.of_biases.owner, each)
+        for i, grad in zip(layout.skipping, of_skip_gains.split(1), strict=False):
+            found[4 * i + 3] = grad
 
 
 def _differentiable_gradients(
@@ -296,16 +290,3 @@ def _differentiable_gradients(
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(vectors)) if len(vectors) > 1 else vectors[0]
-
-
-def _spread(numbers: Sequence[float], sizes: tuple[int, ...], like: Tensor) -> Any:
-    """Return each number so many times, one after the other; of one number, the number."""
-    if len(numbers) == 1:
-        return numbers[0]
-    return torch.tensor(numbers, dtype=like.dtype).index_select(0, _numbered(sizes))
-
-
-@functools.lru_cache(maxsize=1024)
-def _numbered(sizes: tuple[int, ...]) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.repeat_interleave(torch.tensor(sizes))

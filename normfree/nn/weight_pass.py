@@ -11,7 +11,7 @@ FSDP), computes its own: the same values and gradients, bit for bit.
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,7 +142,10 @@ def _kind(layer: ScaledWS, sources: Sequence[Any]) -> tuple[Any, ...] | None:
         return None
     dtype, of_scales = weight.dtype, in_scale.dtype
     alike = (
-        all(type(t) is nn.Parameter and t.dtype is dtype for t in (weight, gain, bias, skip_gain) if t is not None)
+        type(weight) is type(gain) is nn.Parameter
+        and gain.dtype is dtype
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is dtype))
+        and (skip_gain is None or (type(skip_gain) is nn.Parameter and skip_gain.dtype is dtype))
         and out_scale.dtype is of_scales
         and weight.numel() > 0
         and layer.standardize
@@ -170,25 +173,25 @@ def _wait(layers: Sequence[ScaledWS], keep: KeptWeights | None = None) -> dict[S
     for (kernels, *_), members in groups.items():
         fresh = [layer for layer in members if layer not in effective] if effective else members
         if fresh:
-            group = [Factors._make((layer.filters(found[layer][0]), *found[layer][1:], layer.eps)) for layer in fresh]
-            computed = dict(zip(fresh, _compute(kernels, group, fresh), strict=True))
+            computed = dict(zip(fresh, _compute(kernels, fresh, found), strict=True))
             effective.update(computed)
             if keep is not None:
                 keep.add(computed, probes)
     return {layer: _Waiting(effective[layer], sources, versions(sources)) for layer, sources in found.items()}
 
 
-def _compute(kernels: Any, group: Sequence[Factors], layers: Sequence[ScaledWS]) -> Iterator[Effective]:
+def _compute(kernels: Any, layers: Sequence[ScaledWS], found: dict[ScaledWS, tuple[Any, ...]]) -> Iterable[Effective]:
     if kernels is not None:
+        group = [Factors._make((layer.filters(found[layer][0]), *found[layer][1:], layer.eps)) for layer in layers]
         dtype = autocast_dtype(group[0].weight)
         return (Effective(weight, bias, None) for weight, bias in kernels.effective_parameters(group, dtype))
-    *_, befores, afters, _ = zip(*group, strict=True)
-    scales = torch.stack(befores + afters).tolist()
-    pairs = zip(group, scales[: len(group)], scales[len(group) :], strict=True)
-    found = effective_parameters([factors._replace(in_scale=one, out_scale=other) for factors, one, other in pairs])
+    group = []
+    for layer in layers:
+        weight, gain, bias, skip_gain, before, after = found[layer]
+        group.append(Factors(layer.filters(weight), gain, bias, skip_gain, before.item(), after.item(), layer.eps))
     return (
         Effective(layer.unfilters(weight), bias, scale)
-        for layer, (weight, bias, scale) in zip(layers, found, strict=True)
+        for layer, (weight, bias, scale) in zip(layers, effective_parameters(group), strict=True)
     )
 
 

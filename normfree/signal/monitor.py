@@ -15,9 +15,9 @@ from normfree.arguments import checked
 from normfree.errors import SignalError
 from normfree.files.csv_tables import Table, reading_rows
 from normfree.signal.monitor_figure import draw_signal
-from normfree.signal.monitor_rows import COLUMNS, parsed_row, signal_rows, to_frame
+from normfree.signal.monitor_rows import COLUMNS, TRAINING_STATISTICS, parsed_row, signal_rows, to_frame
 from normfree.signal.reader import Reader
-from normfree.signal.record import STATISTICS, TRAINING_STATISTICS
+from normfree.signal.record import STATISTICS
 from normfree.signal.remedies import Verdict
 from normfree.signal.training_verdicts import find_training_verdicts, first_training_problem
 from normfree.signal.updates import UpdateReader
@@ -245,7 +245,7 @@ class SignalMonitor:
         """Raise SignalError at the first place outside the limits, or not finite, of the last measured step.
 
         Args:
-            max_variance: Largest average channel variance at a join.
+            max_variance: Largest average channel variance at a join (or weight layer, in networks without).
             max_dead: Largest fraction of a rectifier's channels that are zero everywhere.
             max_update_ratio: Largest `update_ratio` of a weight (a parameter with two axes or more).
             max_update_spread: Largest quotient of two weights' `update_ratio`.

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from normfree.plotting import altair, write_chart
-from normfree.signal.record import STATISTICS, TRAINING_STATISTICS
+from normfree.signal.monitor_rows import TRAINING_STATISTICS
+from normfree.signal.record import STATISTICS
 
 _TITLES = STATISTICS | TRAINING_STATISTICS
 # Statistics that are drawn, and what stands at their depths.

@@ -7,7 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from normfree.signal.reader import Reader
-from normfree.signal.record import STATISTICS, TRAINING_STATISTICS
+from normfree.signal.record import STATISTICS
+
+TRAINING_STATISTICS = {
+    "branch_to_stream": "Branch over stream",
+    "zeros": "Zeros behind rectifiers",
+    "dead": "Dead channels",
+    "update_ratio": "Update over parameter",
+    "gradient_rms": "Parameter's gradient",
+}
+"""What a `SignalMonitor` measures besides the fields of `SignalRecord`, and its titles in figures."""
 
 COLUMNS = ("step", "kind", "depth", "name", "stage", "shape", *STATISTICS, *TRAINING_STATISTICS)
 """Columns of signal.csv, a row per measured step and place.

@@ -19,15 +19,6 @@ STATISTICS = {
 }
 """Fields of `SignalRecord` that are measured, and their titles in figures."""
 
-TRAINING_STATISTICS = {
-    "branch_to_stream": "Branch over stream",
-    "zeros": "Zeros behind rectifiers",
-    "dead": "Dead channels",
-    "update_ratio": "Update over parameter",
-    "gradient_rms": "Parameter's gradient",
-}
-"""What a `SignalMonitor` measures besides, and its titles in figures."""
-
 
 def mean_to_variance(squared_mean: float, variance: float) -> float:
     """Divide a channel squared mean by a channel variance: 0 where the signal is 0, infinite where it is constant."""

@@ -1,9 +1,10 @@
 """Verdicts on a training, in words: what goes wrong with its signal, where, and from which step on."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from normfree.signal.remedies import Verdict
 from normfree.signal.verdicts import EXPLODED, VANISHED
@@ -27,7 +28,7 @@ def find_training_verdicts(rows: Sequence[_Row]) -> list[Verdict]:
     not_finite = _not_finite(rows)
     if not_finite is not None:
         return [not_finite]
-    found = [_exploded(rows), _vanished(rows), _died(rows), _closed(rows), _moves_far(rows), _moves_apart(rows)]
+    found = [*(_lasting_verdict(rows, wrong) for wrong in _LASTING), _moves_apart(rows)]
     return [verdict for verdict in found if verdict is not None]
 
 
@@ -68,76 +69,72 @@ def _not_finite(rows: Sequence[_Row]) -> Verdict | None:
     return None
 
 
-def _exploded(rows: Sequence[_Row]) -> Verdict | None:
-    found = _first_lasting(rows, "join", "variance", lambda value: value > EXPLODED)
-    if found is None:
-        return None
-    row, since = found
-    return Verdict(
-        f"variance passes {EXPLODED:.0f} at {row['name']} {since} ({row['variance']:.3g} at step {row['step']:,})",
+class _Lasting(NamedTuple):
+    """Something that goes wrong at a place and stays wrong, and the words for it."""
+
+    kinds: tuple[str, ...]
+    statistic: str
+    is_wrong: Callable[[float], bool]
+    words: str  # of name, since, step, value, and others: the places where it lasts, too
+    remedy: str
+    least_steps: int = 1
+
+
+_SIGNAL = ("join", "weight layer")
+_LASTING = (
+    _Lasting(
+        _SIGNAL, "variance", lambda value: value > EXPLODED,
+        f"variance passes {EXPLODED:.0f} at {{name}} {{since}} ({{value:.3g}} at step {{step:,}})",
         f"{_CLIP}; `normfree.convert(model, images)` bounds the signal where the network does not",
-        _PAGE,
-    )
-
-
-def _vanished(rows: Sequence[_Row]) -> Verdict | None:
-    found = _first_lasting(rows, "join", "variance", lambda value: value < VANISHED)
-    if found is None:
-        return None
-    row, since = found
-    return Verdict(
-        f"variance falls below {VANISHED} at {row['name']} {since} ({row['variance']:.3g} at step {row['step']:,})",
+    ),
+    _Lasting(
+        _SIGNAL, "variance", lambda value: value < VANISHED,
+        f"variance falls below {VANISHED} at {{name}} {{since}} ({{value:.3g}} at step {{step:,}})",
         "less weight decay on gains and on what is in front of it, or `normfree.convert(model, images)`, whose weights "
         "have a size of their own",
-        _PAGE,
-    )
-
-
-def _died(rows: Sequence[_Row]) -> Verdict | None:
-    found = _first_lasting(rows, "rectifier", "dead", lambda value: value >= DEAD)
-    if found is None:
-        return None
-    row, since = found
-    steps = sorted({r["step"] for r in rows if "dead" in r})
-    verb = "are dead" if since.endswith(f"step {steps[0]:,} on") else "died"
-    dying = len({r["name"] for r in rows if r["step"] == row["step"] and r.get("dead", 0) >= DEAD})
-    others = f", the first of {dying} rectifiers" if dying > 1 else ""
-    return Verdict(
-        f"channels of {row['name']} {verb} {since}{others}: {row['dead']:.0%} are zero for the whole batch at step "
-        f"{row['step']:,}",
+    ),
+    _Lasting(
+        ("rectifier",), "dead", lambda value: value >= DEAD,
+        "channels of {name} died {since}{others}: {value:.0%} are zero for the whole batch at step {step:,}",
         f"{_CLIP}; smooth activations (SiLU, GELU) have no dead side",
-        _PAGE,
-    )
-
-
-def _closed(rows: Sequence[_Row]) -> Verdict | None:
-    steps = {row["step"] for row in rows if "branch_to_stream" in row}
-    if len(steps) < 2:
-        return None  # branches may begin closed
-    found = _first_lasting(rows, "join", "branch_to_stream", lambda value: value < VANISHED)
-    if found is None:
-        return None
-    row, since = found
-    return Verdict(
-        f"the branch of {row['name']} adds less than a hundredth of its stream {since}",
+    ),
+    _Lasting(
+        ("join",), "branch_to_stream", lambda value: value < VANISHED,
+        "the branch of {name} adds less than a hundredth of its stream {since}",
         "open it: `skip_gain=None` in our networks, a larger start of SkipInit or LayerScale in others, and no weight "
         "decay on them",
-        _PAGE,
-    )
-
-
-def _moves_far(rows: Sequence[_Row]) -> Verdict | None:
-    weights = [row for row in rows if _is_weight(row)]
-    found = _first_lasting(weights, "parameter", "update_ratio", lambda value: value > LARGE_UPDATE)
-    if found is None:
-        return None
-    row, since = found
-    return Verdict(
-        f"a step moves {row['name']} by more than a tenth of its size {since} ({row['update_ratio']:.0%} at step "
-        f"{row['step']:,})",
+        least_steps=2,  # branches may begin closed
+    ),
+    _Lasting(
+        ("weight",), "update_ratio", lambda value: value > LARGE_UPDATE,
+        "a step moves {name} by more than a tenth of its size {since} ({value:.0%} at step {step:,})",
         _CLIP,
-        _PAGE,
+    ),
+)  # fmt: skip
+
+
+def _lasting_verdict(rows: Sequence[_Row], wrong: _Lasting) -> Verdict | None:
+    """Return the verdict on the place where it has been wrong the longest; of several the first in the network."""
+    by_place = defaultdict(list)
+    for row in rows:
+        if wrong.statistic in row and ("weight" if _is_weight(row) else row["kind"]) in wrong.kinds:
+            by_place[row["name"]].append(row)
+    found: list[tuple[int, int, _Row]] = []
+    for place in by_place.values():
+        lasting = list(itertools.takewhile(lambda row: wrong.is_wrong(row[wrong.statistic]), reversed(place)))
+        if lasting:
+            found.append((lasting[-1]["step"], place[-1]["depth"], place[-1]))
+    if not found or len({row["step"] for place in by_place.values() for row in place}) < wrong.least_steps:
+        return None
+    since, _, row = min(found, key=lambda item: item[:2])
+    words = wrong.words.format(
+        name=row["name"],
+        since=f"from step {since:,} on",
+        step=row["step"],
+        value=row[wrong.statistic],
+        others=f", the first of {len(found)} rectifiers" if len(found) > 1 else "",
     )
+    return Verdict(words, wrong.remedy, _PAGE)
 
 
 def _moves_apart(rows: Sequence[_Row]) -> Verdict | None:
@@ -173,29 +170,3 @@ def _spread_words(weights: Sequence[_Row]) -> str:
     moving = [row for row in weights if row["update_ratio"] > 0]
     most, least = (pick(moving, key=lambda row: row["update_ratio"]) for pick in (max, min))
     return f"{most['name']} moves {_spread(weights):.0f} times as much as {least['name']}"
-
-
-def _first_lasting(
-    rows: Sequence[_Row], kind: str, statistic: str, wrong: Callable[[float], bool]
-) -> tuple[_Row, str] | None:
-    """Find the place where something has been wrong the longest, up to its last measured step; the first such place.
-
-    Returns its last row, and "from step … on".
-    """
-    by_place = defaultdict(list)
-    for row in rows:
-        if row["kind"] == kind and statistic in row:
-            by_place[row["name"]].append(row)
-    found: list[tuple[int, _Row]] = []
-    for place in by_place.values():
-        since = None
-        for row in reversed(place):
-            if not wrong(row[statistic]):
-                break
-            since = row["step"]
-        if since is not None:
-            found.append((since, place[-1]))
-    if not found:
-        return None
-    since, row = min(found, key=lambda item: (item[0], item[1]["depth"]))
-    return row, f"from step {since:,} on"
