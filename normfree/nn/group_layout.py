@@ -47,7 +47,7 @@ class Multipliers:
 
 
 class Layout:
-    """Which weights share a kernel, and what gains and biases are multiplied by.
+    """Kernels that small weights share, and what gains and biases are multiplied by.
 
     Filters of all layers are joined in the order of `order`; `members` are the layers of each kernel, `filters` its
     number of filters. `skipping` are the layers with a skip gain, `biased` those whose bias is multiplied.
