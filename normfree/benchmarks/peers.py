@@ -1,4 +1,4 @@
-"""Networks to compare with that no library has: the limit, and what peers are without their mistakes.
+"""Networks to compare with that no library has: plain convolutions, and what peers are without their mistakes.
 
 On the command line they are `normfree.benchmarks.peers:plain_resnet50` and so on, as any function that makes a model.
 """
@@ -36,7 +36,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainResNet(nn.Module):
-    """The limit: the topology of a pre-activation ResNet in what cannot be left out of it, padded as it is."""
+    """Topology of a pre-activation ResNet in what cannot be left out, padded as it is, by torch's convolutions."""
 
     def __init__(self, depths: tuple[int, ...] = (3, 4, 6, 3), padding: str = "same") -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class PlainResNet(nn.Module):
 
 
 def plain_resnet50() -> nn.Module:
-    """Make the limit of `nf_resnet50`, padded as the authors pad."""
+    """Make the plain convolutions of `nf_resnet50`, padded as the authors pad."""
     return PlainResNet()
 
 
 def plain_resnet50_symmetric() -> nn.Module:
-    """Make the limit of `nf_resnet50` with padding="symmetric"."""
+    """Make the plain convolutions of `nf_resnet50` with padding="symmetric"."""
     return PlainResNet(padding="symmetric")
 
 

@@ -56,7 +56,7 @@ def bench(
             inference with folded weights.
         model: The network whose ratios are given: nf_resnet50, timm:NAME, torchvision:NAME, package.module:factory.
         convert: Convert it first.
-        peers: Networks to compare with, named likewise; by default the limit, and what a user would pick instead.
+        peers: Networks to compare with, named likewise; by default plain convolutions and what people take instead.
         batch: Number of images.
         size: Height and width of the images, or one number for both.
         peer_size: That of the peers, where it is another one.

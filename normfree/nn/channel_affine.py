@@ -26,16 +26,19 @@ class ChannelAffine(nn.Module):
         self.register_buffer("center", torch.zeros(channels, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Set weights to 1 and biases to 0; the constants stay."""
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        """Make it the identity: statistics of what came from old weights are forgotten, as BatchNorm's are."""
+        with torch.no_grad():
+            for ones in (self.weight, self.scale):
+                ones.fill_(1)
+            for zeros in (self.bias, self.center):
+                zeros.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply and add."""
         shape = [-1] + [1] * (x.dim() - 2)
         slope = self.weight * self.scale
         shift = self.bias - slope * self.center
-        return x * slope.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+        return torch.addcmul(shift.to(x.dtype).view(shape), x, slope.to(x.dtype).view(shape))
 
     def extra_repr(self) -> str:
         """Show the number of channels."""

@@ -88,7 +88,8 @@ class ScaledWS(Scales):
     def reset_parameters(self) -> None:
         """Draw weights from N(0, 1/fan_in), or N(0, 2/fan_in) (He) without standardization; gains 1, biases 0.
 
-        The SkipInit gain gets its initial value; `in_scale` and `out_scale` stay as they are.
+        The SkipInit gain gets its initial value; `in_scale` and `out_scale` stay as they are. Statistics of what went
+        through the old weights are forgotten, as BatchNorm's are: `channel_scale` 1, `channel_center` 0.
         """
         if "gain" not in self._parameters:
             return  # torch's constructor calls this before the gains exist
@@ -98,6 +99,9 @@ class ScaledWS(Scales):
             self.gain.fill_(1)
             if self.bias is not None:
                 self.bias.zero_()
+            if "channel_scale" in self._buffers:
+                self.channel_scale.fill_(1)
+                self.channel_center.zero_()
         super().reset_parameters()
 
     def hold_statistics(self) -> None:

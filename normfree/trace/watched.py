@@ -134,7 +134,7 @@ def _explain(model: nn.Module, tape: Tape, error: Exception) -> str:
     place = f"{path} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
     hint = ""
     if "Expected more than 1 value per channel" in str(error):
-        hint = " Give a larger batch or larger images, or `characterize` with batch_stats=False."
+        hint = " Give a larger batch or larger images; `characterize` can do without, by batch_stats=False."
     return f"the forward of {type(model).__name__} failed; the last module reached was {place}: {error}{hint}"
 
 

@@ -1,5 +1,7 @@
 """Kinds of layers: what replaces linear ones and transposed convolutions, and which cannot be replaced."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 import normfree
 from normfree.conversion import convert
 from normfree.nn.scaled_layer import ScaledWS
-from tests.helpers import assert_allclose, assert_equal, assert_gradients
+from tests.helpers import assert_allclose, assert_equal, assert_gradients, assert_same_state
 
 
 def moments(layer, images, model):
@@ -292,6 +294,8 @@ def test_a_weight_that_is_computed_keeps_its_normalizer_and_the_remedy_is_named(
     WRAPPED[name](model[2])
     images = torch.randn(4, 3, 8, 8)
     model(images)
+    before = copy.deepcopy(model.state_dict())
     (kept,) = convert(model, images).kept
+    assert_same_state(model.state_dict(), before)
     assert kept.path == "3"
     assert "its weight is computed from others: make it a parameter first (parametrize.remove" in kept.note

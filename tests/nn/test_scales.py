@@ -273,3 +273,25 @@ def test_scales_are_set_to_those_of_a_layer_on_the_meta_device_with_all_their_di
     assert (layer.in_scale.item(), layer.out_scale.item()) == (torch.tensor(1 / 3).item(), torch.tensor(0.2).item())
     layer.double()
     assert (layer.in_scale.item(), layer.out_scale.item()) == (1 / 3, 0.2)
+
+
+@pytest.mark.parametrize("keep", ["function", "weights"])
+def test_nothing_of_the_old_weights_is_left_in_a_converted_network_that_is_reset(keep):
+    torch.manual_seed(0)
+    trained = torchvision.models.densenet121(num_classes=10)
+    with torch.no_grad():
+        for module in trained.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.fill_(25.0)
+                module.running_mean.fill_(3.0)
+    free = normfree.convert(trained, X[:2], keep=keep).model
+    expected = {"channel_scale": 1, "channel_center": 0, "scale": 1, "center": 0, "gain": 1, "bias": 0}
+    seen = set()
+    for module in reset(free).modules():
+        if not type(module).__module__.startswith("normfree"):
+            continue
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name in expected:
+                seen.add(name)
+                assert bool((value == expected[name]).all()), name
+    assert seen >= ({"channel_scale", "scale"} if keep == "function" else {"gain"})
