@@ -33,9 +33,9 @@ class Multipliers:
     ) -> None:
         """Spread a number over the elements of each vector, and the place of its skip gain among the joined ones."""
         self.sizes = sizes
-        each = torch.tensor(sizes, dtype=torch.int64)
-        self.constant = torch.tensor(numbers, dtype=dtype).repeat_interleave(each)
-        self.owner = torch.tensor(owners, dtype=torch.int64).repeat_interleave(each)
+        each = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+        self.constant = torch.tensor(numbers, dtype=dtype, device="cpu").repeat_interleave(each)
+        self.owner = torch.tensor(owners, dtype=torch.int64, device="cpu").repeat_interleave(each)
 
     def times(self, skip_gains: Tensor | None) -> Tensor:
         """Return the product of both for each element."""
@@ -61,7 +61,7 @@ class Layout:
         self.order = list(itertools.chain.from_iterable(self.members))
         self.filters = [sum(layers[i].shape[0] for i in members) for members in self.members]
         self.skipping = [index for index, layer in enumerate(layers) if layer.has_skip_gain]
-        self.one = torch.ones(1, dtype=dtype)  # the skip gain of layers that have none
+        self.one = torch.ones(1, dtype=dtype, device="cpu")  # the skip gain of layers that have none
         # A bias that nothing multiplies is its own effective bias.
         self.biased = [
             index
@@ -85,7 +85,7 @@ class Layout:
         return torch.cat([*skip_gains, self.one]) if skip_gains else None
 
 
-_laid_out = functools.lru_cache(maxsize=1024)(Layout)
+_laid_out = functools.lru_cache(maxsize=256)(Layout)
 
 
 def layout_of(group: Sequence[Any]) -> Layout:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
-from normfree.nn import standardize
+from normfree.nn import ScaledWSConv2d, standardize
 from normfree.nn.standardization import Factors, composed, effective_parameters
 from tests.helpers import SEEDS, assert_close, assert_equal, seeded
 
@@ -174,3 +174,14 @@ def test_what_are_no_filters_is_refused(weight, scale, error, words):
 def test_an_eps_that_is_no_number_is_refused():
     with pytest.raises(TypeError, match="eps is a str; it must be a number"):
         standardize(torch.ones(2, 2), torch.ones(2), "small")
+
+
+def test_a_layer_computes_on_its_device_whatever_the_default_is():
+    layer, x = ScaledWSConv2d(5, 7, 3, skip_gain=0.5, out_scale=0.3), torch.randn(2, 5, 8, 8)
+    with torch.device("meta"):
+        layer(x).sum().backward()
+    found = [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    layer(x).sum().backward()
+    for one, other in zip(found, [p.grad for p in layer.parameters()], strict=True):
+        assert_equal(one, other)
