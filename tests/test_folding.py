@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed.fsdp
+import torchvision
 from torch import nn
 
 from normfree import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, convert, create_model, fold
@@ -98,6 +99,19 @@ def test_torchscript_takes_folded_networks_at_any_size(name, how):
             expected = model(images)
             assert expected.std() > 0
             assert_close(scripted(images), expected, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("keep", ["weights", "function"])
+@pytest.mark.parametrize("how", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(2, 3, 64, 64))])
+def test_torchscript_takes_folded_conversions(keep, how):
+    torch.manual_seed(0)
+    for build in (torchvision.models.resnet18, torchvision.models.densenet121):
+        model = fold(convert(build(num_classes=3), torch.randn(4, 3, 64, 64), keep=keep).model)
+        x = torch.randn(3, 3, 64, 64)
+        with torch.no_grad():
+            assert_close(how(model)(x), model(x), 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")

@@ -46,7 +46,7 @@ class Removed(nn.Identity):
         carrier: Layer that has taken over scale and shift, if there is one. It is no child.
     """
 
-    carrier: nn.Module | None
+    __jit_ignored_attributes__ = ("carrier",)  # TorchScript has no type for it
 
     def __init__(self, channels: int, kind: type[nn.Module] | None, *, copies: bool = False) -> None:
         super().__init__()
