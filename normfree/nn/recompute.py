@@ -83,5 +83,10 @@ def _unpack(packed: Any) -> Tensor:
 def _possible(result: Tensor) -> bool:
     if torch.compiler.is_compiling() or not result.requires_grad or _torch.functorch_is_active():
         return False
+    return nobody_else_saves()
+
+
+def nobody_else_saves() -> bool:
+    """Tell whether no hook but those of `recomputing` sees what is saved, as activation checkpointing's does."""
     allowed, hooks = _torch.saved_tensors_hooks()
     return allowed and hooks in (None, (_pack, _unpack))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import normfree.nn.conv as layers
+from normfree import characterize, create_model
 from normfree.nn import ScaledWSConv1d, ScaledWSConv2d
 from normfree.nn.products import Window, convolve_as_product, prefers_product
 from tests.helpers import assert_close
@@ -134,3 +135,10 @@ def test_others_are_computed_as_torch_does(what, taken):
     assert not taken
     with pytest.raises(RuntimeError, match="channels"):
         ScaledWSConv2d(8, 8, 1, 2)(torch.randn(4, 7, 6, 6))
+
+
+def test_a_network_is_measured_and_checkpointed_at_once():
+    model = create_model("nf_resnet26", width=0.125, num_classes=3)
+    model.set_grad_checkpointing()
+    report = characterize(model, torch.randn(2, 3, 32, 32), backward=True)
+    assert min(record.gradient_variance for record in report) > 0
