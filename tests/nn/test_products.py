@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import normfree.nn.conv as layers
@@ -17,6 +17,7 @@ def convolved(input, weight, bias, window):
     return F.conv2d(input, weight, bias, window.stride, window.padding, window.dilation)
 
 
+@settings(deadline=None)
 @given(
     images=st.integers(1, 4), channels=st.integers(1, 9), filters=st.integers(1, 40), kernel=st.integers(1, 3),
     stride=st.integers(1, 3), padding=st.integers(0, 1), dilation=st.integers(1, 2), size=st.integers(5, 8),
