@@ -43,7 +43,7 @@ def _points(study: Study, entry: Entry, peaks: Mapping[tuple[str, str], float]) 
 
 def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis: str) -> Any:
     alt = altair()
-    color = alt.Color("row:N", title=None, sort=None).scale(range=COLORS)
+    apart = _apart(list(dict.fromkeys(point["row"] for point in points)))
     width = max(420, 6 * len(columns) * max(map(len, columns)))  # names of columns beside each other
     chart = alt.Chart(alt.Data(values=points), width=width, height=280)
     accuracy = {"title": "Accuracy, %", "scale": alt.Scale(zero=False)}
@@ -53,12 +53,28 @@ def _panel(study: Study, points: list[dict[str, Any]], columns: list[str], axis:
         return mean + chart.mark_point().encode(x=alt.X("accuracy:Q", **accuracy), y=rows)
     if axis == "column":
         x: Any = alt.X("column:N", title=study.column_title, sort=columns, axis=alt.Axis(labelAngle=0))
-        line = chart.mark_line().encode(x=x, y=alt.Y("mean(accuracy):Q", **accuracy), color=color)
+        line = chart.mark_line().encode(x=x, y=alt.Y("mean(accuracy):Q", **accuracy), **apart["line"])
     else:
         x = alt.X(f"{axis}:Q", title=_TITLES[axis]).scale(zero=False)
         means = chart.transform_aggregate(x=f"mean({axis})", y="mean(accuracy)", groupby=["row", "column"])
-        line = means.mark_line().encode(x=alt.X("x:Q"), y=alt.Y("y:Q"), color=color)
-    return line + chart.mark_point(filled=True).encode(x=x, y=alt.Y("accuracy:Q", **accuracy), color=color)
+        line = means.mark_line().encode(x=alt.X("x:Q"), y=alt.Y("y:Q"), **apart["line"])
+    return line + chart.mark_point(filled=True).encode(x=x, y=alt.Y("accuracy:Q", **accuracy), **apart["point"])
+
+
+def _apart(rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what tells rows apart, by mark: a colour, and where the colours begin again, a dash and a shape."""
+    alt = altair()
+    dashes, shapes = [[1, 0], [6, 3], [2, 2]], ["circle", "square", "triangle-up"]
+    rounds = [i // len(COLORS) % len(dashes) for i in range(len(rows))]
+
+    def channel(kind: Any, values: Sequence[Any]) -> Any:
+        return kind("row:N", title=None, sort=None).scale(domain=list(rows), range=list(values))
+
+    color = channel(alt.Color, [COLORS[i % len(COLORS)] for i in range(len(rows))])
+    return {
+        "line": {"color": color, "strokeDash": channel(alt.StrokeDash, [dashes[i] for i in rounds])},
+        "point": {"color": color, "shape": channel(alt.Shape, [shapes[i] for i in rounds])},
+    }
 
 
 def draw_signal_moments(entries: Sequence[Entry], source: Path, path: Path) -> Path:

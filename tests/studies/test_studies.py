@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from normfree.models import create_model
-from normfree.studies import runner
+from normfree.plotting import COLORS
+from normfree.studies import charts, runner
 from normfree.studies.definitions import STUDIES, define_study
 from normfree.studies.results import build_table, write_results
 from normfree.studies.runner import read_entries, run_study
@@ -131,6 +132,24 @@ def test_only_trainings_of_the_same_recipe_count(tmp_path, monkeypatch):
     longer = dataclasses.replace(before, cells=(Cell("a", "1", dataclasses.replace(recipe, epochs=9)),))
     assert [len(study.trainings) for study in read_entries(longer, tmp_path, 1)] == [0]
     assert [len(study.trainings) for study in read_entries(before, tmp_path, 1)] == [1]
+
+
+def test_rows_beyond_the_colours_are_told_apart_by_dash_and_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "train", lambda recipe, folder, **_: over(90.0, folder))
+    monkeypatch.setattr(runner, "evaluate_run", accuracy_found)
+    names = [f"row {i}" for i in range(2 * len(COLORS) + 1)]
+    recipes = [dataclasses.replace(RECIPES["digits"], epochs=1 + i) for i in range(2 * len(names))]
+    cells = tuple(Cell(names[i // 2], "12"[i % 2], recipe) for i, recipe in enumerate(recipes))
+    many = Study("s", "claim", "batch", cells)
+    drawn = []
+    monkeypatch.setattr(charts, "write_chart", lambda spec, path: drawn.append(spec) or path)
+    charts.draw_study(many, run_study(many, tmp_path, seeds=1), tmp_path / "chart.png")
+    line, points = drawn[-1]["hconcat"][0]["layer"]
+    for layer, second in ((line, "strokeDash"), (points, "shape")):
+        scales = [layer["encoding"][channel]["scale"] for channel in ("color", second)]
+        assert [scale["domain"] for scale in scales] == [names, names]
+        pairs = zip(*(scale["range"] for scale in scales), strict=True)
+        assert len({str(pair) for pair in pairs}) == len(names)
 
 
 def test_only_the_rows_and_columns_that_are_asked_for_are_trained(tmp_path, monkeypatch):
