@@ -1,7 +1,7 @@
 """Lineage of tensors in a run: the node of the tape that a tensor stands for, and the parameters that it comes from."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -43,6 +43,12 @@ class Lineage:
             if write is not None and (index is None or write > index):
                 found[write] = None
         return tuple(found)
+
+    def parents(self, op: str, taken: Sequence[Tensor]) -> tuple[int, ...]:
+        """Find the nodes that an operation takes."""
+        if op == "lift_fresh":  # torch.tensor filled memory unseen, where a tensor may have been that was written to
+            self.forget_overwritten(taken, ())
+        return self.nodes(taken)
 
     def held_nodes(self) -> set[int]:
         """Return the nodes whose tensors are still there."""

@@ -161,7 +161,7 @@ class _Recorder(_torch.TorchDispatchMode):
         """Return the tensors that an operation takes, their nodes, and the terms of an addition."""
         self.flush_gradient_hooks()
         taken = [*tensors_in(args), *tensors_in(kwargs.values())]
-        parents = self.lineage.nodes(taken)
+        parents = self.lineage.parents(op, taken)
         recurrent = bool(self.stack) and self.stack[-1] in self.recurrent
         terms = self._terms(op, args, kwargs) if parents and not recurrent else ()
         inputs = {} if self.on_operation is None else {id(t): n[-1] for t in taken if (n := self.lineage.nodes([t]))}

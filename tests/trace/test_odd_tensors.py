@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import normfree
 from normfree import characterize, convert
 from normfree.trace import recorder
+from normfree.trace.tape import Tape
+from normfree.trace.watched import run_watched
 from normfree.training import SignalMonitor
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -162,3 +164,21 @@ def test_conversions_inside_inference_mode_are_those_outside():
     assert [(c.path, c.action, c.note) for c in inside.changes] == [(c.path, c.action, c.note) for c in outside.changes]
     inside.model(IMAGES).sum().backward()
     assert inside.model.conv1.gain.grad is not None
+
+
+class TablesBesideASignal(nn.Module):
+    """Constants of torch.tensor, in memory where a tensor was that the signal was written into."""
+
+    def forward(self, x):
+        for _ in range(20):
+            y = x + 1
+            y.mul_(2)
+            del y
+            torch.tensor([1.0] * 64).neg()
+        return x.exp()
+
+
+def test_what_torch_tensor_makes_is_never_the_signal_that_was_there_before():
+    model, tape = TablesBesideASignal(), Tape()
+    run_watched(model, tape, (torch.ones(1, 64),), {})
+    assert "neg" not in {node.op for node in tape.nodes}
